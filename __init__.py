@@ -1,0 +1,39 @@
+"""prep: calibrate once, decompose once, train many times.
+
+Names are loaded on first use, so that `import prep` imports neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "PrepError": ".store.errors",
+    "StoreError": ".store.errors",
+    "open_store": ".store",
+    "covariance": ".preprocess.covariance",
+    "decompose": ".preprocess.decompose",
+    "attach": ".adapters.runtime",
+    "detach": ".adapters.runtime",
+    "merge": ".adapters.runtime",
+    "unmerge": ".adapters.runtime",
+    "save": ".adapters.checkpoint",
+    "load": ".adapters.checkpoint",
+    "Core": ".adapters.cores",
+    "VARIANTS": ".adapters.variants",
+    "testing": ".adapters.testing",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        module = import_module(_EXPORTS[name], __name__)
+        return getattr(module, name, module)
+    raise AttributeError(f"module 'prep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,206 @@
+"""The command line: parse, call, print. Every command is the Python function of the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from . import __version__
+from .preprocess.methods import PUBLISHED
+from .store.errors import PrepError
+
+
+class _Group(click.Group):
+    """Commands in pipeline order; a PrepError is one line and exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PrepError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        click.ClickException.exit_code = 2
+        return super().main(*args, **kwargs)
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="prep", package_name="prep-bases")
+def main() -> None:
+    """Calibrate once, decompose once, train many times.
+
+    \b
+    prep covariance --model X --data Y     second moments of every linear layer's input
+    prep decompose                         their whitened SVD bases
+    prep info                              what the store holds
+    """
+
+
+def _shared(command: Callable) -> Callable:
+    """--store and --quiet, common to all commands."""
+    command = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")(command)
+    return click.option("--store", default="prep.zarr", envvar="PREP_STORE", show_envvar=True, help="The zarr store.")(
+        command
+    )
+
+
+_DTYPES = click.Choice(["auto", "float32", "float64", "bfloat16", "float16"])
+
+
+@main.command(short_help="Second moments of every linear layer's input.")
+@click.option("--model", required=True, help="Path or hub id of the model.")
+@click.option("--data", required=True, help="Hub id, or a .jsonl .json .parquet .csv .txt file, or a glob of files.")
+@_shared
+@click.option("--revision", help="Revision of the model on the hub.")
+@click.option("--subset", help="Configuration of a hub data set.")
+@click.option("--split", default="train", help="Split of the data set.")
+@click.option("--text-column", help="Column that holds the text.  [default: text, or the only text column]")
+@click.option("--template", help=r'Text made of columns, such as "{question}\n{answer}".')
+@click.option("--chat-column", help="Column of chat messages, formatted by the model's chat template.")
+@click.option("--num-sequences", type=click.IntRange(1), default=256, help="Sequences to calibrate on.")
+@click.option("--seq-len", type=click.IntRange(1), default=512, help="Tokens per sequence.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Sequences per forward pass.")
+@click.option("--pack/--no-pack", default=True, help="Join documents by the end token, or pad one per sequence.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the document order.")
+@click.option(
+    "--targets", multiple=True, help="Regular expression of layer names; repeatable.  [default: all in blocks]"
+)
+@click.option("--exclude", multiple=True, help="Regular expression of layer names to leave out; repeatable.")
+@click.option("--layers", help="Block numbers, such as 0-3,8.")
+@click.option(
+    "--moment",
+    type=click.Choice(["full", "diagonal", "output", "auto"]),
+    default="full",
+    help="full: E[x x^T]; diagonal: E[x_i^2]; output: E[y y^T], y = W x; "
+    "auto: output where all layers of a site have d_in > 2 d_out.",
+)
+@click.option(
+    "--moment-dtype",
+    type=click.Choice(["float64", "float32"]),
+    default="float64",
+    help="Of the stored moments; float32 halves the store and rounds C.",
+)
+@click.option(
+    "--dtype", type=_DTYPES, default="auto", help="Of the model; auto: float32 on a CPU, else the checkpoint's."
+)
+@click.option("--device", help="Device of the model.  [default: cuda where there is one]")
+@click.option("--device-map", help="Spread the model over devices (accelerate), such as auto.")
+@click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
+def covariance(store: str, quiet: bool, **options: Any) -> None:
+    """Stream text through a model and store the second moment of every linear layer's input.
+
+    The second moment is C = E[x x^T], uncentred, over real tokens; layers that read the same input share one.
+
+    \b
+    prep covariance --model HuggingFaceTB/SmolLM2-135M --data openai/gsm8k --subset main \\
+        --template "{question}\\n{answer}"
+    prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
+    """
+    from .preprocess.covariance import covariance as run
+
+    found = run(store=store, quiet=quiet, **options)
+    moments = found.moments
+    tokens = found.corpus["tokens"] if found.corpus else 0
+    _say(quiet, f"{store}: {len(moments)} layers, {len(moments.sites)} sites, {tokens:,} tokens")
+    for layer, reason in moments.skipped.items():
+        _say(quiet, f"skipped {layer}: {reason}")
+    _say(quiet, f"next: prep decompose{_store_option(store)}")
+
+
+@main.command(short_help="Whitened SVD bases of every layer.")
+@_shared
+@click.option("--for", "for_", type=click.Choice(list(PUBLISHED)), help="A published method: metric, power and select.")
+@click.option("--name", help="Name of the basis.  [default: from metric, power and select]")
+@click.option(
+    "--metric",
+    type=click.Choice(["full", "diagonal", "identity"]),
+    help="What the SVD is taken in: M = C^a, diag(C)^a or I.  [default: full]",
+)
+@click.option("--power", type=float, help="The power a of the metric.  [default: 0.5]")
+@click.option("--damping", type=float, help="Relative: C + damping mean(diag C) I.  [default: 0.001]")
+@click.option("--epsilon", type=float, help="Absolute damping instead: C + epsilon I.")
+@click.option("--center/--no-center", default=None, help="Subtract the mean: C - E[x] E[x]^T.  [default: no-center]")
+@click.option("--rank", type=click.IntRange(1), default=256, help="Directions to keep; clipped per layer.")
+@click.option(
+    "--select", type=click.Choice(["top", "bottom", "activation"]), help="Which directions to keep.  [default: top]"
+)
+@click.option(
+    "--solver",
+    type=click.Choice(["auto", "exact", "svd", "randomized"]),
+    default="auto",
+    help="exact: float64 Gram route; svd: float64 SVD of W M; randomized: certified within 1e-3 of the optimum.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of stored U and P."
+)
+@click.option("--model", help="Path or hub id.  [default: the store's model]")
+@click.option("--revision", help="Revision of --model on the hub.")
+@click.option("--overwrite", is_flag=True, help="Replace the basis of that name.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
+def decompose(store: str, quiet: bool, **options: Any) -> None:
+    """Decompose every layer in the metric of its second moment: W M = U diag(S) V^T, P = V^T M^-1.
+
+    \b
+    prep decompose                               the C^(1/2)-whitened SVD
+    prep decompose --for corda_kpm --rank 32     a published method
+    prep decompose --metric identity --model X   plain SVD, needs no covariance
+    """
+    from .preprocess.decompose import decompose as run
+
+    basis = run(store, quiet=quiet, **options)
+    energies = sorted(record.energy for record in basis.layers.values())
+    _say(
+        quiet,
+        f"{store}: basis {basis.name}, {len(basis)} layers, rank {basis.method['rank']}, "
+        f"captured energy {energies[0]:.3f} to {energies[-1]:.3f}, median {energies[len(energies) // 2]:.3f}",
+    )
+    unresolved = sum(record.rank > record.numerical_rank for record in basis.layers.values())
+    if unresolved:
+        _say(quiet, f"{unresolved} layers keep directions below their numerical rank: see `prep info --json`")
+    _say(quiet, f"next: prep info{_store_option(store)}")
+
+
+@main.command(short_help="What a store holds.")
+@_shared
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def info(store: str, quiet: bool, as_json: bool) -> None:
+    """Show what a store holds: model, corpus, moments, bases."""
+    from .store import open_store
+    from .store.info import info as describe
+    from .store.info import table
+
+    found = describe(open_store(store))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for line in table(found):
+        click.echo(line)
+    if found["bases"]:
+        name = next(iter(found["bases"]))
+        _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{name}")')
+    else:
+        _say(quiet, f"next: prep decompose{_store_option(store)}")
+
+
+def _store_option(store: str) -> str:
+    return "" if store == "prep.zarr" else f" --store {store}"
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""`prep decompose`: the whitened SVD of every layer of a store, on worker threads with one BLAS thread each.
+
+Moments are read once per site, the numerics are whitening.py's; this file moves the data and keeps the records.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from .. import __version__
+from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Store, create_store, open_store
+from ..store.errors import PrepError, StoreError
+from ..store.schema import content_hash, disk_guard
+from ..store.weights import layer_shape, weight_hash, weight_matrix
+from . import models
+from .methods import Method, basis_name, check, method_for
+from .progress import Progress, say
+from .sites import target_layers
+from .whitening import Moment, WhitenedSVD, spectrum_size, whitened_svd
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def decompose(
+    store: str | Path = "prep.zarr",
+    *,
+    for_: str | None = None,
+    name: str | None = None,
+    metric: str | None = None,
+    power: float | None = None,
+    damping: float | None = None,
+    epsilon: float | None = None,
+    center: bool | None = None,
+    rank: int = 256,
+    select: str | None = None,
+    solver: str = "auto",
+    dtype: str = "float32",
+    model: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> BasisSet:
+    """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
+
+    for_: a published method (a row of PUBLISHED); metric, power, select and center override its choices. With metric
+    identity and `model`, no store need exist. A basis that is there with the same options is returned, an incomplete
+    one resumed, another one refused unless `overwrite`.
+
+    Raises PrepError for bad input and StoreError where the store cannot serve it.
+    """
+    method = method_for(
+        for_,
+        metric=metric,
+        power=power,
+        damping=damping,
+        epsilon=epsilon,
+        center=center,
+        rank=rank,
+        select=select,
+        solver=solver,
+    )
+    name = name or basis_name(method)
+    if not name or "/" in name or name.startswith((".", "_")):
+        raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
+    found = _open(store, method, model)
+    layers = _checked_layers(found, method) if found is not None else None
+    if found is not None and name in found.bases:
+        done = _existing(found, name, method, dtype, model, overwrite, quiet)
+        if done is not None and done.status == "complete":
+            return done
+
+    source = models.absolute_if_local(model) if model else str(found.model["id"])  # type: ignore[union-attr]
+    if model is None and found is not None:
+        revision = found.model.get("revision")
+    net = models.load_model(
+        source,
+        revision=revision,
+        dtype=found.model["dtype"] if found is not None else "float32",
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+    )
+    modules = _matching_modules(net, layers, found)
+    shapes = {layer: layer_shape(module) for layer, module in modules.items()}
+    groups = _groups(shapes, method)
+    with disk_guard(store, _bytes(groups, dtype)):
+        if found is None:
+            found = _store_without_moments(store, net, source, revision)
+        root = open_store(store, "r+").root
+        resumed = name in found.bases and not overwrite
+        if not resumed:
+            BasisWriter.create(
+                root,
+                name,
+                method=asdict(method),
+                dtype=dtype,
+                model=models.describe(net, source, revision),
+                groups=groups,
+            )
+        writer = BasisWriter.resume(root, name)
+        done_layers = found.bases.open(name).layers if resumed else {}
+        todo = {
+            layer: module
+            for layer, module in modules.items()
+            if layer not in done_layers or done_layers[layer].weight_hash != weight_hash(weight_matrix(module))
+        }
+        with Progress(f"decompose {name}", len(todo), "layers", quiet) as progress:
+            for layer, weight, result in _results(found, todo, method):
+                group = groups[shapes[layer]]
+                record = _record(result, shapes[layer], group["layers"].index(layer), weight)
+                U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
+                writer.write(layer, U, S, P, spectrum[: group["spectrum"]], record)
+                progress.advance(1)
+        writer.finish()
+    return open_store(store).bases[name]
+
+
+def _open(location: str | Path, method: Method, model: str | None) -> Store | None:
+    """The store, or None where none is there and none is needed."""
+    if method.metric == "identity" and method.select != "activation" and model and not Path(location).exists():
+        return None
+    if not Path(location).exists() and "://" not in str(location):
+        hint = "run `prep covariance --model X --data Y` first"
+        if method.metric == "identity" and method.select != "activation":
+            hint += ", or name the --model (metric identity needs no covariance)"
+        raise StoreError(f"no store at {location}: {hint}")
+    return open_store(location)
+
+
+def _checked_layers(found: Store, method: Method) -> dict[str, LayerMoment] | None:
+    """The layers to decompose with their moments, after checking that these can serve the method."""
+    if found.corpus is None:
+        reason = check(None, method)
+        if reason:
+            raise StoreError(f"{found.location} holds no moments: {reason}")
+        return None
+    moments = found.moments
+    layers: dict[str, LayerMoment] = {}
+    for site in moments.sites.values():
+        for layer in site:
+            layers[layer] = moments[layer]
+            reason = check(layers[layer].kind, method)
+            if reason:
+                raise StoreError(f"{layer}: {reason} into another --store, or with --overwrite")
+    return layers
+
+
+def _existing(
+    found: Store, name: str, method: Method, dtype: str, model: str | None, overwrite: bool, quiet: bool
+) -> BasisSet | None:
+    """The basis of that name if it was made with the same options, complete or not."""
+    if overwrite:
+        return None
+    basis = found.bases.open(name)
+    have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": basis.model.get("id")}
+    wanted: dict[str, Any] = {**asdict(method), "dtype": dtype}
+    if model is not None:
+        wanted["model"] = models.absolute_if_local(model)
+    differences = [
+        f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
+    ]
+    if differences:
+        raise StoreError(
+            f"{found.location} holds a basis {name!r} with other options ({'; '.join(differences)}): "
+            "give this one another --name, or replace it with --overwrite"
+        )
+    if basis.status == "complete":
+        say(f"basis {name!r} is complete and was made with the same options: nothing to do", quiet)
+    else:
+        say(f"basis {name!r}: resumed after {len(basis.layers)} of {len(basis.expected)} layers", quiet)
+    return basis
+
+
+def _matching_modules(
+    net: nn.Module, layers: dict[str, LayerMoment] | None, found: Store | None
+) -> dict[str, nn.Module]:
+    """The model's modules for the store's layers, checked for shape and, for output moments, for their weights."""
+    if layers is None:
+        return target_layers(net)
+    modules = dict(net.named_modules())
+    for layer, moment in layers.items():
+        if layer not in modules:
+            raise PrepError(f"the model has no layer {layer}, which the store was calibrated on: give its --model")
+        shape = layer_shape(modules[layer])
+        if shape != moment.shape:
+            raise PrepError(
+                f"{layer} is {shape[0]} x {shape[1]}"
+                f" in the model and {moment.shape[0]} x {moment.shape[1]} in the store: "
+                "give the --model that was calibrated"
+            )
+        if moment.kind == "output" and weight_hash(weight_matrix(modules[layer])) != moment.weight_hash:
+            raise PrepError(
+                f"{layer} has an output moment of other weights than this model's: give the --model that was calibrated"
+            )
+    return {layer: modules[layer] for layer in layers}
+
+
+def _groups(shapes: dict[str, tuple[int, int]], method: Method) -> dict[tuple[int, int], dict[str, Any]]:
+    """Layers by shape, with the rank and the length of the spectrum that all of one shape have."""
+    groups: dict[tuple[int, int], dict[str, Any]] = {}
+    for layer, shape in shapes.items():
+        rank = min(method.rank, *shape)
+        entry = groups.setdefault(shape, {"layers": [], "rank": rank, "spectrum": spectrum_size(shape, method)})
+        entry["layers"].append(layer)
+    return groups
+
+
+def _bytes(groups: dict[tuple[int, int], dict[str, Any]], dtype: str) -> int:
+    return sum(
+        len(g["layers"]) * (g["rank"] * (d_out + d_in) * DTYPE_BYTES[dtype] + 8 * (g["rank"] + g["spectrum"]))
+        for (d_out, d_in), g in groups.items()
+    )
+
+
+def _results(found: Store, modules: dict[str, nn.Module], method: Method) -> Iterator[tuple[str, Tensor, WhitenedSVD]]:
+    """(layer, W, result) as they are done; at most two sites per worker are held in memory."""
+    sites = _by_site(found, modules, method)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(cores, len(sites)))
+    queue = iter(sites)
+    running: set[Future] = set()
+    with threadpool_limits(max(1, cores // workers)), ThreadPoolExecutor(workers) as pool:
+        try:
+            while True:
+                while len(running) < 2 * workers and (site := next(queue, None)) is not None:
+                    running.add(pool.submit(_decompose_site, found, site, modules, method))
+                if not running:
+                    return
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield from future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _by_site(found: Store, modules: dict[str, nn.Module], method: Method) -> list[list[str]]:
+    """Layers grouped by the moment they share, the most expensive first, so that the threads end together."""
+    if found.corpus is None or check(None, method) is None:
+        groups: Iterable[list[str]] = [[layer] for layer in modules]
+    else:
+        groups = [[layer for layer in site if layer in modules] for site in found.moments.sites.values()]
+
+    def cost(layers: list[str]) -> int:
+        shapes = [layer_shape(modules[layer]) for layer in layers]
+        return sum(d_in * d_in * d_out + min(d_out, d_in) ** 3 * 10 for d_out, d_in in shapes)
+
+    return sorted((group for group in groups if group), key=cost, reverse=True)
+
+
+def _decompose_site(
+    found: Store, layers: list[str], modules: dict[str, nn.Module], method: Method
+) -> list[tuple[str, Tensor, WhitenedSVD]]:
+    """All layers of one site, the second moment read once."""
+    needed = check(None, method) is not None
+    shared: Moment | None = None
+    results = []
+    for layer in layers:
+        stored = found.moments[layer] if needed else None
+        if stored is not None and (shared is None or stored.kind == "output"):
+            shared = _moment(stored)
+        W = weight_matrix(modules[layer])
+        try:
+            results.append((layer, W, whitened_svd(W.to(torch.float64).numpy(), shared, method)))
+        except PrepError as error:
+            raise PrepError(f"{layer}: {error}") from error
+    return results
+
+
+def _moment(stored: LayerMoment) -> Moment:
+    def array(x: Tensor) -> np.ndarray:
+        return x.to(torch.float64).numpy()
+
+    return Moment(
+        kind=stored.kind,
+        second_moment=array(stored.second_moment) if stored.kind == "full" else None,
+        diagonal=array(stored.diagonal) if stored.kind != "full" else None,
+        output=array(stored.output) if stored.kind == "output" else None,
+        mean=array(stored.mean),
+    )
+
+
+def _record(result: WhitenedSVD, shape: tuple[int, int], index: int, W: Tensor) -> LayerRecord:
+    return LayerRecord(
+        shape=shape,
+        index=index,
+        rank=len(result.S),
+        energy=float(result.energy),
+        tail=float(result.tail),
+        numerical_rank=int(result.numerical_rank),
+        solver=result.solver,
+        bound=float(result.bound),
+        weight_hash=weight_hash(W),
+        weight_dtype=str(W.dtype).removeprefix("torch."),
+    )
+
+
+def _store_without_moments(location: str | Path, net: nn.Module, source: str, revision: str | None) -> Store:
+    """A store that holds bases only, for metric identity."""
+    model = models.describe(net, source, revision)
+    return create_store(
+        location,
+        {
+            "model": model,
+            "corpus": None,
+            "options": None,
+            "prep_version": __version__,
+            "id": content_hash([str(sorted(model.items(), key=str))]),
+            "status": "complete",
+            "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
+        },
+    )

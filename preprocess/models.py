@@ -1,0 +1,139 @@
+"""Models and tokenizers by path or hub id, with one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..store.errors import PrepError
+from ..store.schema import content_hash
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def absolute_if_local(name: str) -> str:
+    """A local path or glob made absolute, so that a store finds it from anywhere; a hub id as it is."""
+    return os.path.abspath(name) if glob.glob(name, recursive=True) else name
+
+
+def load_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration. PrepError if there is no such model or it needs code of its own."""
+    from transformers import AutoConfig
+
+    with _one_line(model):
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. PrepError if it has none."""
+    from transformers import AutoTokenizer
+
+    with _one_line(model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in evaluation mode, as the class its configuration names, from safetensors only.
+
+    dtype "auto": the checkpoint's on an accelerator, float32 on a CPU, where half precision is slow and less exact.
+    """
+    import transformers
+
+    config = load_config(model, revision, trust_remote_code)
+    on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+    torch_dtype = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
+    names = getattr(config, "architectures", None) or []
+    auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
+    with _one_line(model), _without_bars(transformers):
+        loaded: Any = auto.from_pretrained(
+            model,
+            config=config,
+            revision=revision,
+            dtype=torch_dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    if device_map is None and device is not None:
+        try:
+            loaded = loaded.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise PrepError(f"--device {device} cannot be used: {_first_line(error)}") from error
+    return loaded.eval()
+
+
+def config_hash(config: Any) -> str:
+    """Hash of what the configuration says of the architecture, without names and library versions."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        fields.pop(name, None)
+    return content_hash([json.dumps(fields, sort_keys=True)])
+
+
+def describe(model: nn.Module, model_id: str, revision: str | None) -> dict[str, Any]:
+    """The store's `model` attribute."""
+    config = model.config
+    dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
+    commit = getattr(config, "_commit_hash", None)
+    return {
+        "id": model_id,
+        "revision": revision or commit,
+        "class": type(model).__name__,
+        "config_hash": config_hash(config),
+        "dtype": dtype,
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _one_line(model: str, what: str = "model") -> Iterator[None]:
+    """Turn the loaders' exceptions into one line."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # its retries would bury the one line below
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise PrepError(
+                f"{model} needs code from its own repository: pass --trust-remote-code if you trust it"
+            ) from error
+        path = Path(model)
+        if not path.exists() and (path.is_absolute() or model.startswith(("./", "../", "~"))):
+            raise PrepError(f"no {what} at {model}: give a directory with config.json or a hub id") from error
+        raise PrepError(f"cannot load the {what} {model}: {_first_line(error)}") from error
+    finally:
+        hub.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_bars(transformers: Any) -> Iterator[None]:
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()

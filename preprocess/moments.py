@@ -1,0 +1,99 @@
+"""Streaming moments: sums over tokens of x, x^2, x x^T and y y^T. Numerics only.
+
+A batch X (n, d) adds X^T X. C is symmetric, so only the block-triangular panels `X[:, a:b]^T X[:, :b]` are formed:
+(p + 1) / 2p of the product and of the memory for p panels. The product is float32, the running sum float64, so the
+error does not grow with the number of batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..store.errors import PrepError
+from ..store.moments import SiteData
+from ..store.schema import panels
+
+
+class GramSum:
+    """Sum of X^T X over batches, in float64 panels on CPU: panel i is rows a:b, columns :b of the (d, d) sum."""
+
+    def __init__(self, d: int):
+        self.ranges = panels(d)
+        self.panels = [torch.zeros(b - a, b, dtype=torch.float64) for a, b in self.ranges]
+
+    def add(self, X: Tensor) -> None:
+        """Add X^T X of X (n, d), float32 or float64, on any device."""
+        for total, (a, b) in zip(self.panels, self.ranges, strict=True):
+            total.add_((X[:, a:b].T @ X[:, :b]).cpu())
+
+    def mean(self, count: int) -> list[Tensor]:
+        """The panels of E[x x^T] over `count` tokens."""
+        return [total / count for total in self.panels]
+
+
+class SiteMoments:
+    """Accumulates the moments of one site.
+
+    kind "full": C; "diagonal": E[x_i^2]; "output": E[y y^T] of each layer and E[x_i^2]. The mean always.
+    """
+
+    def __init__(self, name: str, kind: str, d_in: int, outputs: dict[str, int]):
+        self.name, self.kind = name, kind
+        self.count = 0
+        self.sum_x = torch.zeros(d_in, dtype=torch.float64)
+        self.sum_x2 = torch.zeros(d_in, dtype=torch.float64) if kind != "full" else None
+        self.second = GramSum(d_in) if kind == "full" else None
+        self.outputs = {layer: GramSum(d_out) for layer, d_out in outputs.items()} if kind == "output" else {}
+
+    def add_input(self, X: Tensor, batch: int) -> None:
+        """Add the real tokens X (n, d_in) of one batch. PrepError if one is NaN or infinite."""
+        X = X if X.dtype == torch.float64 else X.float()
+        total = X.sum(0).cpu()
+        if not torch.isfinite(total).all():
+            raise PrepError(
+                f"the input of {self.name} is NaN or infinite in batch {batch}: "
+                "try --dtype float32, or look at the data"
+            )
+        self.count += X.shape[0]
+        self.sum_x.add_(total)
+        if self.second is not None:
+            self.second.add(X)
+        if self.sum_x2 is not None:
+            self.sum_x2.add_(X.square().sum(0).cpu())
+
+    def add_output(self, layer: str, Y: Tensor) -> None:
+        """Add the bias-free outputs Y (n, d_out) of one member for the same tokens."""
+        self.outputs[layer].add(Y if Y.dtype == torch.float64 else Y.float())
+
+    def finish(self, members: dict[str, dict]) -> SiteData:
+        """The moments divided by the token count. PrepError where no token came or a product overflowed."""
+        if not self.count:
+            raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
+        data = SiteData(
+            kind=self.kind,
+            members=members,
+            count=self.count,
+            mean=self.sum_x / self.count,
+            second_moment=self.second.mean(self.count) if self.second else None,
+            diagonal=self.sum_x2 / self.count if self.sum_x2 is not None else None,
+            outputs={layer: total.mean(self.count) for layer, total in self.outputs.items()} or None,
+        )
+        blocks = [*(data.second_moment or []), *(p for panel in (data.outputs or {}).values() for p in panel)]
+        if not all(torch.isfinite(block).all() for block in blocks):
+            raise PrepError(f"the second moment of {self.name} overflows float32: run the model with --dtype float64")
+        return data
+
+
+def moment_kind(asked: str, shapes: tuple[tuple[int, int], ...]) -> str:
+    """The kind for a site of layers (d_out, d_in): auto is output where every layer has d_in > 2 d_out, else full."""
+    if asked != "auto":
+        return asked
+    return "output" if all(d_in > 2 * d_out for d_out, d_in in shapes) else "full"
+
+
+def site_elements(kind: str, shapes: tuple[tuple[int, int], ...]) -> int:
+    """Numbers that a site's accumulator keeps."""
+    d_in = shapes[0][1]
+    triangles = [d_in] if kind == "full" else [d_out for d_out, _ in shapes] if kind == "output" else []
+    return d_in + (d_in if kind != "full" else 0) + sum((b - a) * b for d in triangles for a, b in panels(d))

@@ -1,0 +1,55 @@
+"""Long work shows itself: a bar with rate and time left on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+_LINE_EVERY = 10.0  # seconds between log lines
+
+
+class Progress:
+    """Counts `unit`s up to `total` on stderr; silent when `quiet`."""
+
+    def __init__(self, label: str, total: int, unit: str, quiet: bool = False):
+        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
+        self.done = 0
+        self._begun = self._printed = time.monotonic()
+        terminal = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(desc=label, total=total, unit=f" {unit}", unit_scale=total >= 10_000) if terminal else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` more."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif not self.quiet and time.monotonic() - self._printed >= _LINE_EVERY:
+            self._print()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif not self.quiet and error is None:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._begun
+        rate = self.done / seconds if seconds else 0.0
+        left = f", {(self.total - self.done) / rate:,.0f} s left" if rate and self.done < self.total else ""
+        share = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
+        say(f"{share} in {seconds:.1f} s, {rate:,.0f} {self.unit}/s{left}", self.quiet)
+
+
+def say(message: str, quiet: bool = False) -> None:
+    """A line on stderr, so that stdout carries results only."""
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""The zarr artifact: schema, moments, bases, provenance, integrity.
+
+Names are loaded on first use: the errors are needed where torch and zarr are not.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifact import Store, create_store, open_store
+    from .bases import Bases, Basis, BasisSet, BasisWriter, LayerRecord
+    from .moments import LayerMoment, Moments, SiteData, write_sites
+
+_EXPORTS = {
+    **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
+    **dict.fromkeys(("Bases", "Basis", "BasisSet", "BasisWriter", "LayerRecord"), ".bases"),
+    **dict.fromkeys(("LayerMoment", "Moments", "SiteData", "write_sites"), ".moments"),
+}
+
+__all__ = [
+    "Bases",
+    "Basis",
+    "BasisSet",
+    "BasisWriter",
+    "LayerMoment",
+    "LayerRecord",
+    "Moments",
+    "SiteData",
+    "Store",
+    "create_store",
+    "open_store",
+    "write_sites",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,107 @@
+"""A store: one model's moments and bases with their provenance, in one zarr v3 group.
+
+Root attributes: format, format_version, prep_version, id, model {id, revision, class, config_hash, dtype},
+corpus {...} or null, options {...} of the calibration, status, bases [names], run {host, times}. Two equal runs
+differ in `run` alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.errors import BaseZarrError
+
+from . import schema
+from .bases import Bases
+from .errors import StoreError
+from .moments import Moments
+
+_REQUIRED = {"format": str, "format_version": int, "id": str, "model": dict, "status": str, "bases": list}
+
+
+class Store:
+    """A store opened for reading: `.moments[layer]`, `.bases[name][layer]`, `.model`, `.corpus`, `.options`, `.id`."""
+
+    def __init__(self, location: str, root: zarr.Group):
+        attrs = dict(root.attrs)
+        if attrs.get("format") != schema.FORMAT:
+            raise StoreError(f"{location} is a zarr group but not a prep store: name another --store")
+        if not isinstance(attrs.get("format_version"), int) or attrs["format_version"] > schema.FORMAT_VERSION:  # type: ignore[operator]
+            raise StoreError(
+                f"{location} has the format version {attrs.get('format_version')}, this prep-bases reads up to "
+                f"{schema.FORMAT_VERSION}: upgrade prep-bases"
+            )
+        self.attrs: dict[str, Any] = schema.attributes(root, _REQUIRED)
+        self.location, self.root = location, root
+
+    def __repr__(self) -> str:
+        return f"Store({self.location!r}, model={self.model['id']!r}, bases={list(self.bases)})"
+
+    @property
+    def id(self) -> str:
+        """Hash of what determines the moments: model, corpus and options."""
+        return str(self.attrs["id"])
+
+    @property
+    def status(self) -> str:
+        """`complete`, or `incomplete` while a calibration is under way or was interrupted."""
+        return str(self.attrs["status"])
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model's id, revision, class, config_hash and dtype."""
+        return self.attrs["model"]
+
+    @property
+    def corpus(self) -> dict[str, Any] | None:
+        """Source, options, token count and hash of the calibration text; None where nothing was calibrated."""
+        return self.attrs.get("corpus")
+
+    @property
+    def moments(self) -> Moments:
+        """The moments by layer name. StoreError where the store was not calibrated or is not complete."""
+        if self.corpus is None:
+            raise StoreError(f"{self.location} holds no moments: run `prep covariance --model X --data Y` first")
+        if self.status != "complete":
+            raise StoreError(f"{self.location} is not complete: run the same `prep covariance` command again")
+        try:
+            return Moments(schema.child(self.root, "moments"))
+        except KeyError as error:
+            raise StoreError(f"{self.location}/moments is missing: restore the store from a copy") from error
+
+    @property
+    def bases(self) -> Bases:
+        """The bases by name."""
+        if self.status != "complete":
+            raise StoreError(f"{self.location} is not complete: run the same `prep covariance` command again")
+        return Bases(self.root)
+
+
+def open_store(location: str | Path, mode: str = "r") -> Store:
+    """Open a store at a path or URL (mode "r", or "r+" to add to it). Reads one metadata file.
+
+    Raises StoreError where there is none, where it is not a prep store, or where its format is newer.
+    """
+    name = str(location)
+    try:
+        root = schema.open_group(location, mode)
+    except FileNotFoundError as error:
+        hint = "run `prep covariance --model X --data Y` first, or name one with --store"
+        raise StoreError(f"no store at {name}: {hint}") from error
+    except (ValueError, KeyError, TypeError, OSError, BaseZarrError) as error:
+        raise StoreError(f"{name} cannot be opened as a store ({error}): name another --store") from error
+    return Store(name, root)
+
+
+def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
+    """Begin a store with the given root attributes, removing a store (never anything else) that is there."""
+    path = Path(location)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        open_store(path)  # refuses to remove what is not a store
+        shutil.rmtree(path)
+    root = schema.open_group(location, "w-")
+    root.attrs.put({"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": [], **attrs})
+    return Store(str(location), root)

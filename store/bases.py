@@ -1,0 +1,254 @@
+"""Decompositions in a store: /bases/<name>/<d_out>x<d_in>/, the layers of one shape stacked (n of them, rank up to R).
+
+U (n, R, d_out)   orthonormal rows: the transpose of each layer's U, so that a rank slice is contiguous
+S (n, R)          float64
+P (n, R, d_in)    the oblique input projector, S^-1 U^T W
+spectrum (n, k)   singular values of W M, float64, descending
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import zarr
+from torch import Tensor
+
+from . import schema
+from .errors import StoreError
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What is known of one layer's basis without reading its arrays.
+
+    rank: stored directions; energy: their share of sum S^2; tail: sqrt of the sum of S_i^2 of all others, which is
+    ||(W - U S P) M||_F; bound: certified factor of tail^2 over its optimum (1 where the solver is exact).
+    """
+
+    shape: tuple[int, int]
+    index: int
+    rank: int
+    energy: float
+    tail: float
+    numerical_rank: int
+    solver: str
+    bound: float
+    weight_hash: str
+    weight_dtype: str
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The basis of one layer: U (d_out, r), S (r,), P (r, d_in); `spectrum` (k,) holds the singular values of W M."""
+
+    U: Tensor
+    S: Tensor
+    P: Tensor
+    spectrum: Tensor
+    record: LayerRecord
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared spectrum that all stored directions capture."""
+        return self.record.energy
+
+
+class BasisSet(Mapping[str, Basis]):
+    """One named basis of a store: layer name -> Basis. Opening it reads attributes only."""
+
+    def __init__(self, name: str, group: zarr.Group):
+        required = {"status": str, "method": dict, "dtype": str, "groups": dict, "layers": dict, "model": dict}
+        attrs = schema.attributes(group, required)
+        self.name, self._group = name, group
+        self.status = str(attrs["status"])
+        self.method: dict[str, Any] = attrs["method"]
+        self.dtype = str(attrs["dtype"])
+        self.model: dict[str, Any] = attrs["model"]
+        self.hash = str(attrs.get("hash", ""))
+        self._groups: dict[str, dict[str, Any]] = attrs["groups"]
+        try:
+            self.layers = {
+                layer: LayerRecord(**{**record, "shape": tuple(record["shape"])})
+                for layer, record in attrs["layers"].items()
+            }
+            self.expected = [layer for group in self._groups.values() for layer in group["layers"]]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise StoreError(f"the attributes of basis {name!r} are damaged: restore the store from a copy") from error
+
+    def __repr__(self) -> str:
+        return f"BasisSet({self.name!r}, {len(self.layers)} layers, {self.method})"
+
+    def __getitem__(self, layer: str) -> Basis:
+        return self.read([layer])[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def read(self, layers: Iterable[str] | None = None, rank: int | None = None) -> dict[str, Basis]:
+        """The bases of `layers` (all by default), sliced to the first `rank` directions: one read per array.
+
+        A layer whose stored rank is below `rank` comes with all it has. StoreError for an unknown layer.
+        """
+        wanted = list(self.layers) if layers is None else list(layers)
+        for layer in wanted:
+            if layer not in self.layers:
+                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}; `prep info` lists its layers")
+        out: dict[str, Basis] = {}
+        for key in sorted({_group_key(self.layers[layer].shape) for layer in wanted}):
+            members = [layer for layer in wanted if _group_key(self.layers[layer].shape) == key]
+            out.update(self._read_group(key, members, rank))
+        return {layer: out[layer] for layer in wanted}
+
+    def _read_group(self, key: str, members: list[str], rank: int | None) -> dict[str, Basis]:
+        layers, R, k = self._groups[key]["layers"], int(self._groups[key]["rank"]), int(self._groups[key]["spectrum"])
+        d_out, d_in = self.layers[members[0]].shape
+        n, r = len(layers), min(R, rank or R)
+        rows = [self.layers[layer].index for layer in members]
+        first, last = min(rows), max(rows) + 1
+        chosen = (slice(first, last), slice(0, r))
+        U = schema.read(schema.open_array(self._group, f"{key}/U", (n, R, d_out)), chosen)
+        P = schema.read(schema.open_array(self._group, f"{key}/P", (n, R, d_in)), chosen)
+        S = schema.read(schema.open_array(self._group, f"{key}/S", (n, R)), chosen)
+        spectrum = schema.read(schema.open_array(self._group, f"{key}/spectrum", (n, k)), slice(first, last))
+        return {
+            layer: Basis(U[i].T, S[i], P[i], spectrum[i], self.layers[layer])
+            for layer, i in ((layer, self.layers[layer].index - first) for layer in members)
+        }
+
+
+class Bases(Mapping[str, BasisSet]):
+    """The named bases of a store. Asking for one that is missing or not complete is an error that says what to run."""
+
+    def __init__(self, root: zarr.Group):
+        self._root = root
+        self.names: list[str] = list(schema.attributes(root, {"bases": list})["bases"])
+
+    def __getitem__(self, name: str) -> BasisSet:
+        basis = self.open(name)
+        if basis.status != "complete":
+            done = f"{len(basis.layers)} of {len(basis.expected)} layers"
+            raise StoreError(f"basis {name!r} is not complete ({done}): run the same `prep decompose` again to resume")
+        return basis
+
+    def open(self, name: str) -> BasisSet:
+        """The basis as it stands, complete or not."""
+        if name not in self.names:
+            has = ", ".join(self.names) or "none"
+            raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {make_command(name)}")
+        try:
+            return BasisSet(name, schema.child(self._root, f"bases/{name}"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"basis {name!r} is missing or damaged: run its `prep decompose` again") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class BasisWriter:
+    """Writes one basis layer by layer; what is written survives an interruption and need not be computed again."""
+
+    def __init__(self, root: zarr.Group, name: str, attrs: dict[str, Any]):
+        self._group = root.require_group(f"bases/{name}")
+        self._attrs = attrs
+        self._flushed = time.monotonic()
+        self._arrays: dict[str, Any] = {}
+
+    @classmethod
+    def create(
+        cls,
+        root: zarr.Group,
+        name: str,
+        *,
+        method: dict[str, Any],
+        dtype: str,
+        model: dict[str, Any],
+        groups: dict[tuple[int, int], dict[str, Any]],
+    ) -> BasisWriter:
+        """Begin a basis, replacing one of that name. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}."""
+        attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
+        attrs["groups"] = {_group_key(shape): dict(group) for shape, group in groups.items()}
+        names = root.attrs["bases"]
+        root.create_group(f"bases/{name}", overwrite=True, attributes=attrs)
+        if name not in names:  # type: ignore[operator]
+            root.attrs["bases"] = [*names, name]  # type: ignore[misc]
+        writer = cls(root, name, attrs)
+        for (d_out, d_in), group in groups.items():
+            key, n, R, k = _group_key((d_out, d_in)), len(group["layers"]), group["rank"], group["spectrum"]
+            slab = min(R, schema.SLAB)
+            schema.create_array(writer._group, f"{key}/U", (n, R, d_out), (1, slab, d_out), dtype)
+            schema.create_array(writer._group, f"{key}/P", (n, R, d_in), (1, slab, d_in), dtype)
+            schema.create_array(writer._group, f"{key}/S", (n, R), (1, R), "float64")
+            schema.create_array(writer._group, f"{key}/spectrum", (n, k), (1, k), "float64")
+        return writer
+
+    @classmethod
+    def resume(cls, root: zarr.Group, name: str) -> BasisWriter:
+        """Go on with an incomplete basis."""
+        return cls(root, name, dict(schema.child(root, f"bases/{name}").attrs))
+
+    def write(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> None:
+        """Store one layer: U (d_out, r), S (r,), P (r, d_in), spectrum (k,)."""
+        key, dtype = _group_key(record.shape), self._attrs["dtype"]
+        parts = {"U": (U.T, dtype), "P": (P, dtype), "S": (S, "float64"), "spectrum": (spectrum, "float64")}
+        for role, (value, _) in parts.items():
+            path = f"{key}/{role}"
+            if path not in self._arrays:
+                self._arrays[path] = self._group[path]
+            schema.write(self._arrays[path], record.index, value)
+        content = schema.content_hash(schema.as_stored(value, kind) for value, kind in parts.values())
+        self._attrs["layers"][layer] = asdict(record) | {"shape": list(record.shape), "hash": content}
+        if time.monotonic() - self._flushed > 1.0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make the layers written so far count as done."""
+        order = [layer for group in self._attrs["groups"].values() for layer in group["layers"]]
+        done = self._attrs["layers"]
+        self._attrs["layers"] = {layer: done[layer] for layer in order if layer in done}
+        self._group.attrs.put(self._attrs)
+        self._flushed = time.monotonic()
+
+    def finish(self) -> None:
+        """Mark the basis complete; its hash covers the content of every layer."""
+        records = self._attrs["layers"]
+        self._attrs["hash"] = schema.content_hash(f"{layer} {records[layer]['hash']}" for layer in sorted(records))
+        self._attrs["status"] = "complete"
+        self.flush()
+
+
+def make_command(name: str) -> str:
+    """The `prep decompose` command whose default name is `name`; metric, power and selection are read off it."""
+    metric, *rest = name.split("-")
+    if metric == "eva":
+        return "`prep decompose --for eva`"
+    if metric not in ("full", "diagonal", "identity"):
+        return f"`prep decompose --name {name}`"
+    options = [] if metric == "full" else [f"--metric {metric}"]
+    for part in rest:
+        if part in ("bottom", "activation"):
+            options.append(f"--select {part}")
+        elif part == "centered":
+            options.append("--center")
+        elif part.startswith("p"):
+            options.append(f"--power {part[1:]}")
+    return f"`{' '.join(['prep decompose', *options])}`"
+
+
+def _group_key(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"

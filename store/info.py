@@ -1,0 +1,147 @@
+"""What a store holds, for `prep info`: plain values ready for JSON, and the tables made of them."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import zarr
+
+from .artifact import Store
+from .bases import BasisSet
+
+
+def info(store: Store) -> dict[str, Any]:
+    """Model, corpus, moments and bases of a store with counts, sizes in bytes and captured energy by kind of layer.
+
+    `layers` groups layer names that differ in their block number only; `energy` is the median over a group.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    moments = None
+    if store.corpus is not None and store.status == "complete":
+        found = store.moments
+        kinds: dict[str, int] = {}
+        for site, members in found.sites.items():
+            kind = found[site].kind
+            kinds[kind] = kinds.get(kind, 0) + 1
+            for layer in members:
+                entry = found[layer]
+                group = _group(groups, layer, entry.shape)
+                group["moment"], group["tokens"] = kind, entry.count
+        moments = {"sites": len(found.sites), "layers": len(found), "kinds": kinds, "skipped": found.skipped}
+    bases = {}
+    for name in store.bases:
+        basis = store.bases.open(name)
+        for layer, record in basis.layers.items():
+            _group(groups, layer, record.shape)["energy"].setdefault(name, []).append(record.energy)
+        bases[name] = _basis(basis)
+    for group in groups.values():
+        group["energy"] = {name: statistics.median(values) for name, values in group["energy"].items()}
+    return {
+        "store": store.location,
+        "status": store.status,
+        "id": store.id,
+        "prep_version": store.attrs.get("prep_version"),
+        "bytes": _stored_bytes(store.root),
+        "model": store.model,
+        "corpus": store.corpus,
+        "moments": moments,
+        "bases": bases,
+        "layers": groups,
+        "run": store.attrs.get("run"),
+    }
+
+
+def _basis(basis: BasisSet) -> dict[str, Any]:
+    records = list(basis.layers.values())
+    return {
+        "status": basis.status,
+        "layers": len(records),
+        "of": len(basis.expected),
+        "method": basis.method,
+        "dtype": basis.dtype,
+        "hash": basis.hash,
+        "energy": statistics.median(r.energy for r in records) if records else None,
+        "unresolved": sum(r.rank > r.numerical_rank for r in records),
+        "bytes": _stored_bytes(basis._group),
+    }
+
+
+def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]) -> dict[str, Any]:
+    key = ".".join("*" if part.isdigit() else part for part in layer.split("."))
+    key = key if groups.get(key, {"shape": shape})["shape"] == shape else layer
+    group = groups.setdefault(key, {"layers": [], "shape": shape, "moment": None, "tokens": None, "energy": {}})
+    if layer not in group["layers"]:
+        group["layers"].append(layer)
+    return group
+
+
+def _stored_bytes(group: zarr.Group) -> int | None:
+    """Bytes under a group on a local disk; None elsewhere."""
+    path = getattr(group.store, "root", None)
+    if path is None:
+        return None
+    return sum(file.stat().st_size for file in (path / group.path).rglob("*") if file.is_file())
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The lines that `prep info` prints of an `info`."""
+    model, corpus, moments = found["model"], found["corpus"], found["moments"]
+    size = f", {found['bytes'] / 1e6:,.0f} MB" if found["bytes"] is not None else ""
+    lines = [f"store    {found['store']} ({found['status']}{size})"]
+    revision = f" at {model['revision']}" if model.get("revision") else ""
+    lines.append(f"model    {model['id']}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})")
+    if corpus:
+        shape = f"{corpus['num_sequences']} x {corpus['seq_len']}, {'packed' if corpus['pack'] else 'padded'}"
+        lines.append(f"corpus   {corpus['source']}, {corpus['split']}: {shape}, {corpus['tokens']:,} tokens")
+    if moments:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
+        lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds})")
+        lines += [f"skipped  {layer}: {reason}" for layer, reason in moments["skipped"].items()]
+    bases = found["bases"]
+    if bases:
+        rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "dtype", "MB"]]
+        for name, basis in bases.items():
+            method = basis["method"]
+            damping = f"{method['damping']:g}" if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
+            count = f"{basis['layers']}" if basis["status"] == "complete" else f"{basis['layers']} of {basis['of']}"
+            energy = "" if basis["energy"] is None else f"{basis['energy']:.3f}"
+            plain = method["metric"] in ("identity", "components")
+            rows.append(
+                [
+                    name,
+                    method["metric"],
+                    "" if plain else f"{method['power']:g}",
+                    method["select"],
+                    str(method["rank"]),
+                    "" if plain else damping,
+                    count,
+                    energy,
+                    basis["dtype"],
+                    "" if basis["bytes"] is None else f"{basis['bytes'] / 1e6:,.0f}",
+                ]
+            )
+        lines += ["", *_aligned(rows)]
+    layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
+    energies = [["captured energy", *bases]]
+    for name, group in found["layers"].items():
+        tokens = "" if group["tokens"] is None else f"{group['tokens']:,}"
+        layers.append([name, str(len(group["layers"])), *map(str, group["shape"]), group["moment"] or "", tokens])
+        energy = group["energy"]
+        energies.append([name, *(f"{energy[basis]:.3f}" if basis in energy else "" for basis in bases)])
+    if len(layers) > 1:
+        lines += ["", *_aligned(layers)]
+    return [*lines, "", *_aligned(energies)] if bases else lines
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Columns aligned: the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [all(row[i][:1].isdigit() or not row[i] for row in rows[1:]) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
