@@ -23,6 +23,8 @@ _EXPORTS = {
     "Core": ".adapters.cores",
     "VARIANTS": ".adapters.variants",
     "testing": ".adapters.testing",
+    "peft": ".adapters.peft",
+    "export": ".adapters.exports",
 }
 
 __all__ = ["__version__", *_EXPORTS]

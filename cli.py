@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,9 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except PrepError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        click.ClickException.exit_code = 2
-        return super().main(*args, **kwargs)
+            shown = click.ClickException(" ".join(str(error).split()))
+            vars(shown)["exit_code"] = getattr(error, "exit_code", 2)
+            raise shown from error
 
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -44,6 +43,7 @@ def main() -> None:
     prep decompose                         their whitened SVD bases
     prep info                              what the store holds
     """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line of an error
 
 
 def _shared(command: Callable) -> Callable:
@@ -95,9 +95,12 @@ _DTYPES = click.Choice(["auto", "float32", "float64", "bfloat16", "float16"])
 )
 @click.option("--device", help="Device of the model.  [default: cuda where there is one]")
 @click.option("--device-map", help="Spread the model over devices (accelerate), such as auto.")
+@click.option("--memory-budget", default="8GB", help="For the accumulators; above it, several passes are made.")
+@click.option("--checkpoint-every", default="60s", help="How often the state of an unfinished run is stored.")
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
-def covariance(store: str, quiet: bool, **options: Any) -> None:
+def covariance(store: str, quiet: bool, memory_budget: str, checkpoint_every: str, **options: Any) -> None:
     """Stream text through a model and store the second moment of every linear layer's input.
 
     The second moment is C = E[x x^T], uncentred, over real tokens; layers that read the same input share one.
@@ -108,7 +111,9 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
     """
     from .preprocess.covariance import covariance as run
+    from .preprocess.plan import parse_seconds, parse_size
 
+    options |= {"memory_budget": parse_size(memory_budget), "checkpoint_every": parse_seconds(checkpoint_every)}
     found = run(store=store, quiet=quiet, **options)
     moments = found.moments
     tokens = found.corpus["tokens"] if found.corpus else 0
@@ -147,6 +152,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 @click.option("--model", help="Path or hub id.  [default: the store's model]")
 @click.option("--revision", help="Revision of --model on the hub.")
 @click.option("--overwrite", is_flag=True, help="Replace the basis of that name.")
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
 def decompose(store: str, quiet: bool, **options: Any) -> None:
     """Decompose every layer in the metric of its second moment: W M = U diag(S) V^T, P = V^T M^-1.

@@ -5,28 +5,31 @@ C = E[x x^T] over the real tokens of the corpus, uncentred, with the mean beside
 
 from __future__ import annotations
 
-import inspect
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
-from ..store import SiteData, Store, create_store, open_store, write_sites
+from ..store import Store, open_store
 from ..store.errors import PrepError
+from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard
-from ..store.weights import weight_hash, weight_matrix
 from . import models
+from .calibration import accumulators, forward_of, run_pass
 from .corpus import Corpus, CorpusOptions, load_corpus
-from .moments import SiteMoments, moment_kind, site_elements
+from .methods import MOMENT_KINDS, one_of
+from .moments import SiteMoments, moment_kind
+from .plan import make_plan
 from .progress import Progress, say
-from .sites import Site, find_sites, layer_input, target_layers
+from .recovery import Recovery
+from .sites import find_sites, target_layers
 
 PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found
 
@@ -55,17 +58,24 @@ def covariance(
     dtype: str = "auto",
     device: str | None = None,
     device_map: str | None = None,
+    memory_budget: int = 8_000_000_000,
+    checkpoint_every: float = 60.0,
     overwrite: bool = False,
+    break_lock: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Store:
     """Calibrate `model` (path or hub id) on `data` (file, glob or hub id) into `store`; the options are the command's.
 
-    A complete store of the same run is returned as it is, an incomplete one is begun anew, one of another run is
-    refused unless `overwrite`. Nothing is written before model, data, sites and disk space are known to be good.
+    A complete store of the same run is returned as it is, an incomplete one is resumed, one of another run is refused
+    unless `overwrite`. Accumulators beyond `memory_budget` bytes are made in several passes; the state is stored every
+    `checkpoint_every` seconds and on SIGINT and SIGTERM, and nothing before.
 
     Raises PrepError for bad input and StoreError where the store holds something else.
     """
+    one_of("--moment", moment, (*MOMENT_KINDS, "auto"))
+    one_of("--moment-dtype", moment_dtype, ("float64", "float32"))
+    one_of("--dtype", dtype, ("auto", *models.DTYPES))
     corpus_options = CorpusOptions(
         models.absolute_if_local(data),
         subset,
@@ -112,13 +122,12 @@ def covariance(
     _check_fits(net, corpus)
     layers_by_name = target_layers(net, targets, exclude, layers)
     forward = forward_of(net, layers_by_name)
-    first = next(iter(corpus.batches(1)))
-    sites, skipped = find_sites(layers_by_name, lambda: forward({k: v[:, :PROBE_TOKENS] for k, v in first.items()}))
+    example = next(iter(corpus.batches(1)))
+    sites, skipped = find_sites(layers_by_name, lambda: forward({k: v[:, :PROBE_TOKENS] for k, v in example.items()}))
     if not sites:
         raise PrepError("no layer is reached by the forward pass: choose others with --targets")
     kinds = {site.name: moment_kind(moment, site.shapes) for site in sites}
-    elements = sum(site_elements(kinds[site.name], site.shapes) for site in sites)
-    size = elements * (8 if moment_dtype == "float64" else 4)
+    plan = make_plan(sites, kinds, memory_budget, moment_dtype)
 
     attrs = {
         **wanted,
@@ -128,140 +137,28 @@ def covariance(
         "status": "incomplete",
         "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
     }
-    begun = time.monotonic()
-    with disk_guard(store, size):
-        if existing is not None and existing.corpus is None:
-            target = open_store(store, "r+")
-            target.root.attrs.update(attrs)
-        else:
-            target = create_store(store, attrs)
-        with Progress("covariance", corpus.tokens, "tokens", quiet) as progress:
-            data_by_site = calibrate(
-                layers_by_name, sites, kinds, forward, corpus.batches(batch_size), advance=progress.advance
-            )
-        write_sites(target.root, data_by_site, moment_dtype, skipped)
-        attrs["run"]["seconds"] = round(time.monotonic() - begun, 3)
-        target.root.attrs.update({"status": "complete", "run": attrs["run"]})
+    with disk_guard(store, plan.disk), writer_lock(store, break_lock):
+        recovery = Recovery(store, existing, attrs, plan.passes, skipped, checkpoint_every, quiet)
+        done = (recovery.part * len(corpus.sequences) + recovery.batches * batch_size) / len(corpus.sequences)
+        begun = time.monotonic()
+        with (
+            recovery.signals(),
+            Progress("covariance", corpus.tokens * len(plan.passes), "tokens", quiet, int(done * corpus.tokens)) as bar,
+        ):
+            for part in plan.passes[recovery.part :]:
+                totals = accumulators(part, kinds)
+                recovery.restore(totals)
+                first = recovery.batches
+
+                def after(number: int, tokens: int, totals: dict[str, SiteMoments] = totals) -> None:
+                    bar.advance(tokens)
+                    recovery.batch_done(number + 1, totals)
+
+                batches = corpus.batches(batch_size, first * batch_size)
+                run_pass(layers_by_name, part, totals, forward, batches, after, first, whole=len(plan.passes) == 1)
+                recovery.part_done(part, totals, layers_by_name, moment_dtype)
+        recovery.finish({**attrs["run"], "seconds": round(time.monotonic() - begun, 3)})
     return open_store(store)
-
-
-def calibrate(
-    layers: Mapping[str, nn.Module],
-    sites: Sequence[Site],
-    kinds: Mapping[str, str],
-    forward: Callable[[dict[str, Tensor]], object],
-    batches: Iterable[dict[str, Tensor]],
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> dict[str, SiteData]:
-    """Run `forward` over `batches` and accumulate the moments of every site.
-
-    layers: name -> linear module; kinds: site name -> moment kind; batches: dictionaries of tensors, with an
-    `attention_mask` (B, T) where padding is to be left out. PrepError for NaN or infinite activations.
-    """
-    totals = {
-        site.name: SiteMoments(
-            site.name, kinds[site.name], site.d_in, {m: s[0] for m, s in zip(site.members, site.shapes, strict=True)}
-        )
-        for site in sites
-    }
-    state = _Batch()
-    handles = [handle for site in sites for handle in _hook(site, layers, totals[site.name], state)]
-    try:
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                state.begin(number, batch.get("attention_mask"))
-                forward(batch)
-                advance(state.tokens if state.tokens is not None else batch["input_ids"].numel())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        site.name: totals[site.name].finish(
-            {
-                member: {
-                    "shape": list(shape),
-                    "weight_hash": weight_hash(weight_matrix(layers[member])),
-                    "weight_dtype": str(weight_matrix(layers[member]).dtype).removeprefix("torch."),
-                }
-                for member, shape in zip(site.members, site.shapes, strict=True)
-            }
-        )
-        for site in sites
-    }
-
-
-class _Batch:
-    """What the hooks need to know of the batch under way: its number and which rows are real tokens."""
-
-    def begin(self, number: int, mask: Tensor | None) -> None:
-        self.number = number
-        self.size = mask.numel() if mask is not None else None
-        self.rows = mask.reshape(-1).nonzero().squeeze(1) if mask is not None and not mask.all() else None
-        self.tokens = int(mask.sum()) if mask is not None else None
-
-    def real(self, x: Tensor) -> Tensor:
-        """The real tokens of an activation (..., d) as (n, d)."""
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if self.rows is None or flat.shape[0] != self.size:
-            return flat
-        return flat.index_select(0, self.rows.to(flat.device))
-
-
-def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state: _Batch) -> list[Any]:
-    """Hooks of one site: the first member's input is accumulated, the others must be handed the same tensor."""
-    shared: list[tuple[Tensor, int]] = []
-    leader, last = site.members[0], site.members[-1]
-
-    def take(member: str, args: tuple, kwargs: dict) -> None:
-        x = layer_input(args, kwargs)
-        if member == leader:
-            total.add_input(state.real(x), state.number)
-            shared[:] = [(x, x._version)]
-        elif not shared or x is not shared[0][0] or x._version != shared[0][1]:
-            raise PrepError(
-                f"{member} no longer shares its input with {leader} in batch {state.number}: report this model"
-            )
-        if member == last:
-            shared.clear()
-
-    def take_output(member: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
-        if y.dtype in (torch.float32, torch.float64):
-            bias = getattr(module, "bias", None)
-            y = state.real(y) if bias is None else state.real(y) - bias
-        else:  # a half-precision y has lost what the moment is to keep
-            y = state.real(layer_input(args, kwargs)).float() @ weight_matrix(module).float().T
-        total.add_output(member, y)
-
-    handles: list[Any] = []
-    for member in site.members:
-        pre = lambda _m, args, kwargs, member=member: take(member, args, kwargs)  # noqa: E731
-        handles.append(layers[member].register_forward_pre_hook(pre, with_kwargs=True))
-        if total.kind == "output":
-            post = lambda m, args, kwargs, y, member=member: take_output(member, m, args, kwargs, y)  # noqa: E731
-            handles.append(layers[member].register_forward_hook(post, with_kwargs=True))
-    return handles
-
-
-def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Callable[[dict[str, Tensor]], object]:
-    """A function that runs a batch through the part of the model that holds `layers`, without the head if it can."""
-    body = getattr(model, "base_model", model)
-    inside = {id(module) for module in body.modules()}
-    if not all(id(layer) in inside for layer in layers.values()):
-        body = model
-    accepted = inspect.signature(body.forward).parameters
-    # models that count positions from the padding token themselves (RoBERTa) start at another number than 0
-    own_positions = any(hasattr(module, "create_position_ids_from_input_ids") for module in body.modules())
-    device = next(body.parameters()).device
-
-    def forward(batch: dict[str, Tensor]) -> object:
-        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
-        if own_positions or "position_ids" not in accepted:
-            inputs.pop("position_ids", None)
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        return body(**inputs)
-
-    return forward
 
 
 def _check_fits(model: nn.Module, corpus: Corpus) -> None:
@@ -299,6 +196,4 @@ def _existing(location: str | Path, wanted: dict[str, Any], overwrite: bool, qui
         )
     if found.status == "complete" and found.corpus is not None:
         say(f"{location} is complete and was made with the same options: nothing to do", quiet)
-    elif found.status != "complete":
-        say(f"{location} is incomplete: begun anew", quiet)
     return found

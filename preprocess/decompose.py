@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from .. import __version__
 from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Store, create_store, open_store
 from ..store.errors import PrepError, StoreError
+from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard
 from ..store.weights import layer_shape, weight_hash, weight_matrix
 from . import models
-from .methods import Method, basis_name, check, method_for
+from .methods import Method, basis_name, check, method_for, one_of
 from .progress import Progress, say
 from .sites import target_layers
 from .whitening import Moment, WhitenedSVD, spectrum_size, whitened_svd
@@ -50,6 +51,7 @@ def decompose(
     model: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    break_lock: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> BasisSet:
@@ -75,6 +77,7 @@ def decompose(
     name = name or basis_name(method)
     if not name or "/" in name or name.startswith((".", "_")):
         raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
+    one_of("--dtype", dtype, tuple(DTYPE_BYTES))
     found = _open(store, method, model)
     layers = _checked_layers(found, method) if found is not None else None
     if found is not None and name in found.bases:
@@ -93,9 +96,12 @@ def decompose(
         trust_remote_code=trust_remote_code,
     )
     modules = _matching_modules(net, layers, found)
+    for layer, module in modules.items():
+        if not torch.isfinite(weight_matrix(module)).all():
+            raise PrepError(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
     shapes = {layer: layer_shape(module) for layer, module in modules.items()}
     groups = _groups(shapes, method)
-    with disk_guard(store, _bytes(groups, dtype)):
+    with disk_guard(store, _bytes(groups, dtype)), writer_lock(store, break_lock):
         if found is None:
             found = _store_without_moments(store, net, source, revision)
         root = open_store(store, "r+").root
@@ -116,13 +122,16 @@ def decompose(
             for layer, module in modules.items()
             if layer not in done_layers or done_layers[layer].weight_hash != weight_hash(weight_matrix(module))
         }
-        with Progress(f"decompose {name}", len(todo), "layers", quiet) as progress:
-            for layer, weight, result in _results(found, todo, method):
-                group = groups[shapes[layer]]
-                record = _record(result, shapes[layer], group["layers"].index(layer), weight)
-                U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
-                writer.write(layer, U, S, P, spectrum[: group["spectrum"]], record)
-                progress.advance(1)
+        try:
+            with Progress(f"decompose {name}", len(todo), "layers", quiet) as progress:
+                for layer, weight, result in _results(found, todo, method):
+                    group = groups[shapes[layer]]
+                    record = _record(result, shapes[layer], group["layers"].index(layer), weight)
+                    U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
+                    writer.write(layer, U, S, P, spectrum[: group["spectrum"]], record)
+                    progress.advance(1)
+        finally:
+            writer.flush()  # an interruption loses no layer
         writer.finish()
     return open_store(store).bases[name]
 
@@ -165,9 +174,8 @@ def _existing(
         return None
     basis = found.bases.open(name)
     have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": basis.model.get("id")}
-    wanted: dict[str, Any] = {**asdict(method), "dtype": dtype}
-    if model is not None:
-        wanted["model"] = models.absolute_if_local(model)
+    source = models.absolute_if_local(model) if model else found.model["id"]
+    wanted: dict[str, Any] = {**asdict(method), "dtype": dtype, "model": source}
     differences = [
         f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
     ]
@@ -188,6 +196,8 @@ def _matching_modules(
 ) -> dict[str, nn.Module]:
     """The model's modules for the store's layers, checked for shape and, for output moments, for their weights."""
     if layers is None:
+        if found is not None and found.model.get("config_hash") not in (None, models.config_hash(net.config)):
+            raise PrepError(f"{found.location} is of another model ({found.model['id']}): name another --store")
         return target_layers(net)
     modules = dict(net.named_modules())
     for layer, moment in layers.items():

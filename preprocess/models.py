@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import logging
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..store.errors import PrepError
 from ..store.schema import content_hash
+from .sites import block_index
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,16 +54,20 @@ def load_model(
     """The model in evaluation mode, as the class its configuration names, from safetensors only.
 
     dtype "auto": the checkpoint's on an accelerator, float32 on a CPU, where half precision is slow and less exact.
+    PrepError if it cannot be loaded, or the checkpoint lacks weights of the blocks, which would be random.
     """
     import transformers
 
     config = load_config(model, revision, trust_remote_code)
-    on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+    try:
+        on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+    except RuntimeError as error:
+        raise PrepError(f"--device {device!r} does not exist: write it like cpu, cuda or cuda:1") from error
     torch_dtype = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
     names = getattr(config, "architectures", None) or []
     auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
-    with _one_line(model), _without_bars(transformers):
-        loaded: Any = auto.from_pretrained(
+    with _one_line(model), _quiet(transformers):
+        loaded, report = auto.from_pretrained(
             model,
             config=config,
             revision=revision,
@@ -70,6 +75,15 @@ def load_model(
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+        )
+    random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    in_blocks = sorted(name for name in random if block_index(name) is not None)
+    if in_blocks:
+        raise PrepError(
+            f"the checkpoint {model} has no {in_blocks[0]} of the shape that its config.json says"
+            f" ({len(in_blocks)} such weights): complete it, or name another --model"
         )
     if device_map is None and device is not None:
         try:
@@ -108,32 +122,31 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _one_line(model: str, what: str = "model") -> Iterator[None]:
     """Turn the loaders' exceptions into one line."""
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # its retries would bury the one line below
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        text = str(error)
-        if "trust_remote_code" in text:
+    except Exception as error:  # loaders and hub client raise their own kinds
+        if "trust_remote_code" in str(error):
             raise PrepError(
                 f"{model} needs code from its own repository: pass --trust-remote-code if you trust it"
             ) from error
         path = Path(model)
-        if not path.exists() and (path.is_absolute() or model.startswith(("./", "../", "~"))):
+        # a hub id is one name, or two joined by a slash
+        if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
             raise PrepError(f"no {what} at {model}: give a directory with config.json or a hub id") from error
-        raise PrepError(f"cannot load the {what} {model}: {_first_line(error)}") from error
-    finally:
-        hub.setLevel(level)
+        said = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise PrepError(f"cannot load the {what} {model} ({said}): check --model") from error
 
 
 @contextlib.contextmanager
-def _without_bars(transformers: Any) -> Iterator[None]:
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No bars, and no report on the weights, which is read instead."""
     log = transformers.utils.logging
-    shown = log.is_progress_bar_enabled()
+    shown, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
+        log.set_verbosity(verbosity)
         if shown:
             log.enable_progress_bar()

@@ -28,8 +28,8 @@ class GramSum:
             total.add_((X[:, a:b].T @ X[:, :b]).cpu())
 
     def mean(self, count: int) -> list[Tensor]:
-        """The panels of E[x x^T] over `count` tokens."""
-        return [total / count for total in self.panels]
+        """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
+        return [total.div_(count) for total in self.panels]
 
 
 class SiteMoments:
@@ -66,20 +66,44 @@ class SiteMoments:
         """Add the bias-free outputs Y (n, d_out) of one member for the same tokens."""
         self.outputs[layer].add(Y if Y.dtype == torch.float64 else Y.float())
 
+    def sums(self) -> SiteData:
+        """The state of the sums, which `restore` takes back; it shares their memory."""
+        return SiteData(
+            kind=self.kind,
+            members={},
+            count=self.count,
+            mean=self.sum_x,
+            second_moment=self.second.panels if self.second else None,
+            diagonal=self.sum_x2,
+            outputs={layer: total.panels for layer, total in self.outputs.items()} or None,
+        )
+
+    def restore(self, sums: SiteData) -> None:
+        """Go on from the sums of an earlier run."""
+        self.count, self.sum_x, self.sum_x2 = sums.count, sums.mean, sums.diagonal
+        if self.second is not None and sums.second_moment is not None:
+            self.second.panels = sums.second_moment
+        for layer, panels_ in (sums.outputs or {}).items():
+            self.outputs[layer].panels = panels_
+
     def finish(self, members: dict[str, dict]) -> SiteData:
-        """The moments divided by the token count. PrepError where no token came or a product overflowed."""
+        """The sums divided by the token count, in place: the accumulator is used up.
+
+        PrepError where no token came or a product overflowed.
+        """
         if not self.count:
             raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
         data = SiteData(
             kind=self.kind,
             members=members,
             count=self.count,
-            mean=self.sum_x / self.count,
+            mean=self.sum_x.div_(self.count),
             second_moment=self.second.mean(self.count) if self.second else None,
-            diagonal=self.sum_x2 / self.count if self.sum_x2 is not None else None,
+            diagonal=self.sum_x2.div_(self.count) if self.sum_x2 is not None else None,
             outputs={layer: total.mean(self.count) for layer, total in self.outputs.items()} or None,
         )
         blocks = [*(data.second_moment or []), *(p for panel in (data.outputs or {}).values() for p in panel)]
+        blocks += [data.diagonal] if data.diagonal is not None else []
         if not all(torch.isfinite(block).all() for block in blocks):
             raise PrepError(f"the second moment of {self.name} overflows float32: run the model with --dtype float64")
         return data

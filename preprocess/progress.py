@@ -12,14 +12,18 @@ _LINE_EVERY = 10.0  # seconds between log lines
 
 
 class Progress:
-    """Counts `unit`s up to `total` on stderr; silent when `quiet`."""
+    """Counts `unit`s from `done` up to `total` on stderr; silent when `quiet`."""
 
-    def __init__(self, label: str, total: int, unit: str, quiet: bool = False):
+    def __init__(self, label: str, total: int, unit: str, quiet: bool = False, done: int = 0):
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
-        self.done = 0
+        self.done = self._before = done
         self._begun = self._printed = time.monotonic()
         terminal = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(desc=label, total=total, unit=f" {unit}", unit_scale=total >= 10_000) if terminal else None
+        self._bar = (
+            tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=total >= 10_000)
+            if terminal
+            else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -43,7 +47,7 @@ class Progress:
     def _print(self) -> None:
         self._printed = time.monotonic()
         seconds = self._printed - self._begun
-        rate = self.done / seconds if seconds else 0.0
+        rate = (self.done - self._before) / seconds if seconds else 0.0
         left = f", {(self.total - self.done) / rate:,.0f} s left" if rate and self.done < self.total else ""
         share = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
         say(f"{share} in {seconds:.1f} s, {rate:,.0f} {self.unit}/s{left}", self.quiet)

@@ -65,7 +65,10 @@ def target_layers(
             if not found & linear.keys():
                 name = min(found, key=len)
                 kind = type(modules[name]).__name__
-                raise PrepError(f"--targets {pattern!r} matches {name}, a {kind}, which is not a linear layer")
+                raise PrepError(
+                    f"--targets {pattern!r} matches {name}, a {kind}, which is not a linear layer: "
+                    f"{type(model).__name__} has {_examples(list(linear))}"
+                )
             chosen |= found & linear.keys()
     for pattern in exclude:
         chosen = {name for name in chosen if not _search(pattern, name, "--exclude")}

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .artifact import Store, create_store, open_store
     from .bases import Bases, Basis, BasisSet, BasisWriter, LayerRecord
-    from .moments import LayerMoment, Moments, SiteData, write_sites
+    from .moments import LayerMoment, Moments, SiteData, begin_moments, read_site, write_site, write_sites
 
 _EXPORTS = {
     **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
     **dict.fromkeys(("Bases", "Basis", "BasisSet", "BasisWriter", "LayerRecord"), ".bases"),
-    **dict.fromkeys(("LayerMoment", "Moments", "SiteData", "write_sites"), ".moments"),
+    **dict.fromkeys(
+        ("LayerMoment", "Moments", "SiteData", "begin_moments", "read_site", "write_site", "write_sites"), ".moments"
+    ),
 }
 
 __all__ = [
@@ -27,8 +29,11 @@ __all__ = [
     "Moments",
     "SiteData",
     "Store",
+    "begin_moments",
     "create_store",
     "open_store",
+    "read_site",
+    "write_site",
     "write_sites",
 ]
 

@@ -61,6 +61,11 @@ class Store:
         return self.attrs.get("corpus")
 
     @property
+    def options(self) -> dict[str, Any] | None:
+        """Targets, moment kind, dtypes and batch size of the calibration; None where nothing was calibrated."""
+        return self.attrs.get("options")
+
+    @property
     def moments(self) -> Moments:
         """The moments by layer name. StoreError where the store was not calibrated or is not complete."""
         if self.corpus is None:
@@ -69,8 +74,8 @@ class Store:
             raise StoreError(f"{self.location} is not complete: run the same `prep covariance` command again")
         try:
             return Moments(schema.child(self.root, "moments"))
-        except KeyError as error:
-            raise StoreError(f"{self.location}/moments is missing: restore the store from a copy") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self.location}/moments is missing or damaged: restore the store from a copy") from error
 
     @property
     def bases(self) -> Bases:
@@ -89,6 +94,8 @@ def open_store(location: str | Path, mode: str = "r") -> Store:
     try:
         root = schema.open_group(location, mode)
     except FileNotFoundError as error:
+        if "://" not in name and Path(name).exists():
+            raise StoreError(f"{name} is not a prep store: name another --store") from error
         hint = "run `prep covariance --model X --data Y` first, or name one with --store"
         raise StoreError(f"no store at {name}: {hint}") from error
     except (ValueError, KeyError, TypeError, OSError, BaseZarrError) as error:
@@ -102,6 +109,5 @@ def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         open_store(path)  # refuses to remove what is not a store
         shutil.rmtree(path)
-    root = schema.open_group(location, "w-")
-    root.attrs.put({"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": [], **attrs})
-    return Store(str(location), root)
+    own = {"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": []}
+    return Store(str(location), schema.open_group(location, "w-", own | attrs))

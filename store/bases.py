@@ -183,10 +183,9 @@ class BasisWriter:
         """Begin a basis, replacing one of that name. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}."""
         attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
         attrs["groups"] = {_group_key(shape): dict(group) for shape, group in groups.items()}
-        names = root.attrs["bases"]
+        others = [other for other in root.attrs["bases"] if other != name]  # type: ignore[union-attr]
+        root.attrs["bases"] = others  # listed again when its arrays are there, so that a listed basis can be resumed
         root.create_group(f"bases/{name}", overwrite=True, attributes=attrs)
-        if name not in names:  # type: ignore[operator]
-            root.attrs["bases"] = [*names, name]  # type: ignore[misc]
         writer = cls(root, name, attrs)
         for (d_out, d_in), group in groups.items():
             key, n, R, k = _group_key((d_out, d_in)), len(group["layers"]), group["rank"], group["spectrum"]
@@ -195,6 +194,7 @@ class BasisWriter:
             schema.create_array(writer._group, f"{key}/P", (n, R, d_in), (1, slab, d_in), dtype)
             schema.create_array(writer._group, f"{key}/S", (n, R), (1, R), "float64")
             schema.create_array(writer._group, f"{key}/spectrum", (n, k), (1, k), "float64")
+        root.attrs["bases"] = [*others, name]
         return writer
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 import zarr
 
 from .artifact import Store
-from .bases import BasisSet
+from .bases import Bases, BasisSet
 
 
 def info(store: Store) -> dict[str, Any]:
@@ -30,8 +30,9 @@ def info(store: Store) -> dict[str, Any]:
                 group["moment"], group["tokens"] = kind, entry.count
         moments = {"sites": len(found.sites), "layers": len(found), "kinds": kinds, "skipped": found.skipped}
     bases = {}
-    for name in store.bases:
-        basis = store.bases.open(name)
+    found_bases = Bases(store.root)  # also of a store that is not complete
+    for name in found_bases:
+        basis = found_bases.open(name)
         for layer, record in basis.layers.items():
             _group(groups, layer, record.shape)["energy"].setdefault(name, []).append(record.energy)
         bases[name] = _basis(basis)
@@ -89,6 +90,8 @@ def table(found: dict[str, Any]) -> list[str]:
     model, corpus, moments = found["model"], found["corpus"], found["moments"]
     size = f", {found['bytes'] / 1e6:,.0f} MB" if found["bytes"] is not None else ""
     lines = [f"store    {found['store']} ({found['status']}{size})"]
+    if found["status"] != "complete":
+        lines[0] += ": run the same `prep covariance` command again"
     revision = f" at {model['revision']}" if model.get("revision") else ""
     lines.append(f"model    {model['id']}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})")
     if corpus:

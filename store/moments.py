@@ -119,15 +119,22 @@ class Moments(Mapping[str, LayerMoment]):
         return len(self._site_of)
 
 
+def begin_moments(root: zarr.Group, sites: Mapping[str, list[str]], skipped: Mapping[str, str]) -> None:
+    """An empty /moments with the layers of every site, replacing what was there."""
+    attrs = {"sites": {site: list(layers) for site, layers in sites.items()}, "skipped": dict(skipped)}
+    root.create_group("moments", overwrite=True, attributes=attrs)
+
+
 def write_sites(root: zarr.Group, sites: Mapping[str, SiteData], dtype: str, skipped: Mapping[str, str]) -> None:
     """Write the moments of every site in `dtype` (float64 or float32), replacing what /moments held."""
-    index = {site: list(data.members) for site, data in sites.items()}
-    group = root.create_group("moments", overwrite=True, attributes={"sites": index, "skipped": dict(skipped)})
+    begin_moments(root, {site: list(data.members) for site, data in sites.items()}, skipped)
+    group = schema.child(root, "moments")
     for site, data in sites.items():
-        _write_site(group, site, data, dtype)
+        write_site(group, site, data, dtype)
 
 
-def _write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None:
+def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None:
+    """Write one site below `group` (/moments, or the slot of a checkpoint), replacing what was there."""
     arrays: dict[str, Tensor | list[Tensor]] = {"mean": data.mean}
     if data.second_moment is not None:
         arrays["second_moment"] = data.second_moment
@@ -135,7 +142,7 @@ def _write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> Non
         arrays["diagonal"] = data.diagonal
     for layer, blocks in (data.outputs or {}).items():
         arrays[f"output/{layer}"] = blocks
-    target = group.create_group(site)
+    target = group.create_group(site, overwrite=True)
     hashes = {}
     for path, value in arrays.items():
         if isinstance(value, Tensor):
@@ -149,6 +156,36 @@ def _write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> Non
             hashes[path] = schema.content_hash(schema.as_stored(panel, dtype) for panel in value)
     members, content = data.members, schema.content_hash(f"{path} {hashes[path]}" for path in sorted(hashes))
     target.attrs.put({"kind": data.kind, "members": members, "count": data.count, "hash": content, "arrays": hashes})
+
+
+def read_site(group: zarr.Group, site: str) -> SiteData:
+    """One site as `write_site` wrote it, symmetric matrices as panels. StoreError if it is damaged."""
+    try:
+        found = schema.child(group, site)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{group.store_path}/{site} is missing or damaged: restore the store from a copy") from error
+    attrs = schema.attributes(found, {"kind": str, "members": dict, "count": int, "arrays": dict})
+    names = set(attrs["arrays"])
+
+    def vector(name: str) -> Tensor:
+        array = found[name]
+        return schema.read(schema.open_array(found, name, array.shape))  # type: ignore[union-attr]
+
+    def symmetric(name: str) -> list[Tensor]:
+        d = found[name].shape[0]  # type: ignore[union-attr]
+        array = schema.open_array(found, name, (d, d))
+        return [schema.read(array, (slice(a, b), slice(0, b))) for a, b in schema.panels(d)]
+
+    outputs = {name.split("/", 1)[1]: symmetric(name) for name in sorted(names) if name.startswith("output/")}
+    return SiteData(
+        kind=str(attrs["kind"]),
+        members=attrs["members"],
+        count=int(attrs["count"]),
+        mean=vector("mean"),
+        second_moment=symmetric("second_moment") if "second_moment" in names else None,
+        diagonal=vector("diagonal") if "diagonal" in names else None,
+        outputs=outputs or None,
+    )
 
 
 def _read_symmetric(group: zarr.Group, path: str, d: int) -> Tensor:

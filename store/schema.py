@@ -47,14 +47,22 @@ def panel_edge(d: int) -> int:
     return -(-d // count)
 
 
-def open_group(location: str | Path | ZarrStore, mode: str = "r") -> zarr.Group:
-    """The root group at a path, URL or zarr store; FileNotFoundError where there is none.
+def open_group(
+    location: str | Path | ZarrStore, mode: str = "r", attributes: dict[str, Any] | None = None
+) -> zarr.Group:
+    """The root group at a path, URL or zarr store, new with `attributes`; FileNotFoundError where there is none.
 
     Only v3 metadata is asked for and consolidated metadata is not relied on: no v2 probe, no listing, nothing stale.
     """
     if isinstance(location, (str, Path)) and "://" not in str(location):
         location = LocalStore(Path(location), read_only=mode == "r")
-    return zarr.open_group(store=location, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
+    return zarr.open_group(
+        store=location,
+        mode=mode,  # type: ignore[arg-type]
+        zarr_format=3,
+        use_consolidated=False,
+        attributes=attributes,
+    )
 
 
 def child(group: zarr.Group, name: str) -> zarr.Group:
@@ -88,7 +96,7 @@ def open_array(group: zarr.Group, path: str, shape: tuple[int, ...]) -> zarr.Arr
     where = f"{group.store_path}/{path}"
     try:
         array = group[path]
-    except (KeyError, ValueError, TypeError, AttributeError, OSError, BaseZarrError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, BaseZarrError) as error:
         raise StoreError(f"{where} is missing or its metadata is damaged: restore the store from a copy") from error
     if not isinstance(array, zarr.Array) or array.shape != shape:
         raise StoreError(f"{where} is not an array of shape {shape}: the store is damaged")
@@ -102,7 +110,7 @@ def read(array: zarr.Array, selection: Any = ...) -> Tensor:
     where = f"{array.store_path}"
     try:
         values = np.asarray(array[selection])
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         raise StoreError(f"{where} is damaged ({_first_line(error)}): restore the store from a copy") from error
     tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
     if array.attrs["dtype"] == "bfloat16":

@@ -1,0 +1,65 @@
+"""The adapted layer: y = base(x) + core(p) @ U.T with p = x @ P.T; the base weight is never written."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..store.weights import layer_shape
+from .cores import Core
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer, whatever its kind or quantisation, with a core on a frozen basis.
+
+    U (d_out, r) and P (r, d_in) are frozen parameters, cast to the dtype of x in the forward. The core computes in
+    float32 (float64 if it is in float64), with autocast off.
+    """
+
+    def __init__(self, base_layer: nn.Module, U: Tensor, P: Tensor, core: Core):
+        super().__init__()
+        self.base_layer = base_layer
+        own = {"memory_format": torch.contiguous_format}  # a view of all layers' memory would look tied
+        self.U = nn.Parameter(U.detach().clone(**own), requires_grad=False)
+        self.P = nn.Parameter(P.detach().clone(**own), requires_grad=False)
+        self.core = core
+        self.out_features, self.in_features = layer_shape(base_layer)
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's own parameter: model code looks at its dtype and device."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    def change(self, p: Tensor) -> Tensor:
+        """core(p) in at least float32: p (..., r) -> (..., r)."""
+        core = self.core
+        dtype = torch.promote_types(core.S.dtype, torch.float32)
+        with torch.autocast(p.device.type, enabled=False):
+            if core.S.dtype == dtype:
+                return core(p.to(dtype))
+            # parameters that mixed precision has cast down would meet p in another dtype
+            state = {**dict(core.named_parameters()), **dict(core.named_buffers())}
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+            return functional_call(core, state, (p.to(dtype),))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        q = self.change(F.linear(x, self.P.to(x.dtype))).to(x.dtype)
+        return y + F.linear(q, self.U.to(x.dtype)).to(y.dtype)
+
+    def matrix(self) -> Tensor:
+        """What the adapter adds to the weight: U @ K.T @ P (d_out, d_in) with K = core(I), in at least float32."""
+        with torch.no_grad():
+            K = self.change(torch.eye(len(self.P), device=self.P.device))
+            return self.U.to(K.dtype) @ K.T @ self.P.to(K.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, rank {len(self.P)}"
