@@ -14,11 +14,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# many small models: two processes of one thread each do not wait for each other
 test: $(READY)
-	$(BIN)/python -m pytest -m "not stress"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not stress"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the checker needs the package under its name, whatever the clone is called
 lint: $(READY)

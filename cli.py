@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -192,15 +193,46 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         return
     for line in table(found):
         click.echo(line)
-    if found["bases"]:
-        name = next(iter(found["bases"]))
-        _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{name}")')
+    trainable = [name for name, basis in found["bases"].items() if basis["method"]["metric"] != "components"]
+    if found["status"] != "complete":
+        _say(quiet, "next: the same `prep covariance` command again")
+    elif trainable:
+        _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
     else:
         _say(quiet, f"next: prep decompose{_store_option(store)}")
 
 
+@main.command(short_help="A basis or moments as files that PEFT reads.")
+@_shared
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["peft-corda", "peft-corda-covariance", "peft-eva", "peft-lora", "safetensors"]),
+    help="What to write.",
+)
+@click.argument("path")
+@click.option("--basis", help="Name of the basis.  [default: the one that the form is made of]")
+@click.option("--rank", type=click.IntRange(1), help="Directions to take; needed by peft-corda, peft-eva, peft-lora.")
+@click.option("--lora-alpha", type=float, help="Of a peft-lora adapter.  [default: the rank]")
+@click.option("--rho", type=float, default=2.0, help="Of peft-eva: how far ranks are redistributed between layers.")
+@click.option("--overwrite", is_flag=True, help="Replace the file or directory that is there.")
+def export(store: str, quiet: bool, **options: Any) -> None:
+    """Write a basis or the second moments to PATH in a form that an unmodified PEFT script reads.
+
+    \b
+    prep export --to peft-corda corda.pt --rank 32        CordaConfig(cache_file=...)
+    prep export --to peft-corda-covariance cov.pt         CordaConfig(covariance_file=...)
+    prep export --to peft-eva eva.pt --rank 16            initialize_lora_eva_weights(..., eva_state_dict=...)
+    prep export --to peft-lora adapter/ --basis full --rank 16
+    prep export --to safetensors basis.safetensors        U, S and P of every layer
+    """
+    from .adapters.exports import export as run
+
+    _say(quiet, f"written to {run(store, **options)}")
+
+
 def _store_option(store: str) -> str:
-    return "" if store == "prep.zarr" else f" --store {store}"
+    return "" if store == "prep.zarr" else f" --store {shlex.quote(store)}"
 
 
 def _say(quiet: bool, line: str) -> None:

@@ -68,7 +68,7 @@ class Adapter:
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds per token that the adapter adds: r (d_in + d_out) per layer, and one per core parameter."""
-        return sum(layer.P.numel() + layer.U.numel() for layer in self.layers.values()) + self.trainable
+        return sum(layer.P.numel() + layer.Ut.numel() for layer in self.layers.values()) + self.trainable
 
     def set_coeff(self, s: float) -> None:
         """Scale the adapter by s in every forward from here on: 1 as trained, 0 the base model.

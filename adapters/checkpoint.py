@@ -41,11 +41,12 @@ def save(model: nn.Module, path: str | Path, embed_basis: bool = True) -> None:
         return
     header = _header(adapter, embed_basis)
     header["checksum"] = _checksum(header, whole)
-    partial = f"{path}.partial"
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         save_file(whole, partial, metadata={"format": "pt", "prep": json.dumps(header)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         raise PrepError(f"cannot write {path}: {error}") from error
 
 

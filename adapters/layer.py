@@ -14,19 +14,22 @@ from .cores import Core
 class AdaptedLinear(nn.Module):
     """A linear layer, whatever its kind or quantisation, with a core on a frozen basis.
 
-    U (d_out, r) and P (r, d_in) are frozen parameters, cast to the dtype of x in the forward. The core computes in
-    float32 (float64 if it is in float64), with autocast off.
+    Ut (r, d_out), the transpose of U as a store holds it, and P (r, d_in) are frozen parameters, cast to the dtype of x
+    in the forward. The core computes in float32 (float64 if it is in float64), with autocast off.
     """
 
     def __init__(self, base_layer: nn.Module, U: Tensor, P: Tensor, core: Core):
         super().__init__()
         self.base_layer = base_layer
-        own = {"memory_format": torch.contiguous_format}  # a view of all layers' memory would look tied
-        self.U = nn.Parameter(U.detach().clone(**own), requires_grad=False)
-        self.P = nn.Parameter(P.detach().clone(**own), requires_grad=False)
+        self.Ut = nn.Parameter(_own_storage(U.T), requires_grad=False)
+        self.P = nn.Parameter(_own_storage(P), requires_grad=False)
         self.core = core
         self.out_features, self.in_features = layer_shape(base_layer)
-        self.train(base_layer.training)
+
+    @property
+    def U(self) -> Tensor:
+        """The basis of the output, (d_out, r)."""
+        return self.Ut.T
 
     @property
     def weight(self) -> Tensor:
@@ -53,7 +56,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         q = self.change(F.linear(x, self.P.to(x.dtype))).to(x.dtype)
-        return y + F.linear(q, self.U.to(x.dtype)).to(y.dtype)
+        return y + (q @ self.Ut.to(x.dtype)).to(y.dtype)
 
     def matrix(self) -> Tensor:
         """What the adapter adds to the weight: U @ K.T @ P (d_out, d_in) with K = core(I), in at least float32."""
@@ -63,3 +66,8 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {len(self.P)}"
+
+
+def _own_storage(x: Tensor) -> Tensor:
+    """x, contiguous, on the same memory: a slice of an array that all layers share would look like a tied weight."""
+    return torch.from_dlpack(x.detach().contiguous())

@@ -55,7 +55,7 @@ class Start:
 def get_model(
     model: nn.Module,
     store: str | Path | Store,
-    init: str = "pissa",
+    init: str,
     r: int = 8,
     lora_alpha: float = 8,
     *,

@@ -53,7 +53,10 @@ def attach(
             f"rank {rank} asked for, basis {basis!r} holds 1 to {bases.method['rank']}: make it with "
             f"{_remake_command(bases, rank)}"
         )
-    names = [name for name in bases.layers if layers is None or re.search(layers, name)]
+    try:
+        names = [name for name in bases.layers if layers is None or re.search(layers, name)]
+    except re.error as error:
+        raise PrepError(f"layers={layers!r} is not a regular expression: {error}") from error
     if not names:
         raise PrepError(f"layers={layers!r} matches none of the basis, such as {next(iter(bases.layers), 'none')}")
     modules = find_layers(model, {name: bases.layers[name].shape for name in names})
@@ -64,7 +67,7 @@ def attach(
         metric=bases.method["metric"],
         weights={name: (bases.layers[name].weight_hash, bases.layers[name].weight_dtype) for name in names},
     )
-    parts = {name: (found.U, found.S, found.P) for name, found in bases.read(names, rank).items()}
+    parts = {name: (part.U, part.S, part.P) for name, part in bases.read(names, rank).items()}
     return install(model, modules, parts, prototype, origin, verify)
 
 
@@ -102,7 +105,7 @@ def find_layers(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> dict[st
     for name, shape in shapes.items():
         module = modules.get(name)
         if module is None:
-            raise PrepError(f"the model has no layer {name}, which the basis holds: give the model it was made from")
+            raise PrepError(_missing(name, modules))
         if not (is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))):
             raise PrepError(f"{name} is a {type(module).__name__}, not a linear layer: leave it out with layers=")
         if layer_shape(module) != tuple(shape):
@@ -111,6 +114,17 @@ def find_layers(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> dict[st
         if any(tensor.device.type == "meta" for tensor in tensors_of(module)):
             raise PrepError(f"the weight of {name} is not in memory (meta device): load or offload the model otherwise")
     return {name: modules[name] for name in shapes}
+
+
+def _missing(name: str, modules: dict[str, nn.Module]) -> str:
+    """Why a layer of the basis is no module: it is one of several experts in one weight, or of another model."""
+    expert, _, weight = name.rpartition(".")
+    parent = expert.rpartition(".")[0]
+    owner = modules.get(parent)
+    if getattr(getattr(owner, weight, None), "ndim", 0) == 3:
+        others = rf"layers=r'^(?!.*\.{parent.rpartition('.')[2]}\.)'"
+        return f"{name} is in one weight with the other experts of {type(owner).__name__}: leave them out with {others}"
+    return f"the model has no layer {name}, which the basis holds: give the model it was made from"
 
 
 def install(
@@ -186,7 +200,9 @@ def unmerge(model: nn.Module) -> None:
     if not adapter.originals:
         raise PrepError("the adapter is not merged")
     for name, layer in adapter.layers.items():
+        device = layer.weight.device
         layer.base_layer.weight = adapter.originals.pop(name)
+        layer.to(device)  # the model may have been moved without it
     _insert(owner, adapter)
 
 
@@ -201,6 +217,8 @@ def _fill(name: str, layer: AdaptedLinear, state: dict[str, Tensor]) -> None:
 
 def _insert(model: nn.Module, adapter: Adapter) -> None:
     """Put the adapted layers into the model and tell those who save or synchronise it what is theirs."""
+    for layer in adapter.layers.values():
+        layer.train(layer.base_layer.training)
     _replace(model, {layer.base_layer: layer for layer in adapter.layers.values()})
     trained = {f"{name}.core.{key}" for name, layer in adapter.layers.items() for key in layer.core.state()}
     present = vars(model)

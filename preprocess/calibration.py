@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from ..store import SiteData
 from ..store.errors import PrepError
 from ..store.weights import weight_hash, weight_matrix
+from .experts import home, on_real_rows, watched
 from .moments import SiteMoments
-from .sites import Site, layer_input
+from .sites import DECODER_MASK, MASK, Site, layer_input
 
-Batch = dict[str, Tensor]
+Batch = Any  # a dictionary of tensors, unless `forward` takes something else
 Forward = Callable[[Batch], object]
+Masks = Callable[[Batch], Mapping[str, Tensor]]
 
 
 class _DeepestSite(Exception):
@@ -41,34 +43,43 @@ def accumulators(sites: Sequence[Site], kinds: Mapping[str, str]) -> dict[str, S
     }
 
 
+def text_masks(batch: Batch) -> dict[str, Tensor]:
+    """The masks of a batch of text, which an encoder-decoder reads on both sides; none without padding."""
+    return dict.fromkeys((MASK, DECODER_MASK), batch[MASK]) if MASK in batch else {}
+
+
 def run_pass(
     layers: Mapping[str, nn.Module],
     sites: Sequence[Site],
     totals: Mapping[str, SiteMoments],
     forward: Forward,
     batches: Iterable[Batch],
-    after: Callable[[int, int], None] = lambda number, tokens: None,
+    after: Callable[[int, Batch], None] = lambda number, batch: None,
     first: int = 0,
     whole: bool = True,
+    masks: Masks = text_masks,
 ) -> None:
     """Run `forward` over `batches` and add every site's moments to `totals`.
 
-    batches: dictionaries of tensors, numbered from `first`, with an `attention_mask` (B, T) where padding is to be left
-    out. after(number, tokens) is called when a batch is done. whole: False ends each forward at the last of `sites`,
-    which are in call order. PrepError for NaN or infinite activations; the hooks are removed in any case.
+    batches: numbered from `first`. masks(batch): masks (B, T), zero on padding, by the name a site has for its own; no
+    mask, no padding. after(number, batch) is called when a batch is done. whole: False ends each forward at the last of
+    `sites`, which are in call order. PrepError for NaN or infinite activations, and where padding cannot be told from
+    tokens; the hooks are removed in any case.
     """
     state = _Batch()
     handles = [handle for site in sites for handle in _hook(site, layers, totals[site.name], state)]
+    owners = {home(layers[site.name]): site.mask for site in sites if site.routed}
+    handles += on_real_rows(owners, lambda owner: state.masks.get(owners[owner], (None, 0)))
     if not whole:
-        last = layers[sites[-1].members[-1]]
+        last = home(layers[sites[-1].members[-1]])
         handles.append(last.register_forward_hook(_stop))
     try:
         with torch.no_grad():
             for number, batch in enumerate(batches, first):
-                state.begin(number, batch)
+                state.begin(number, masks(batch))
                 with contextlib.suppress(_DeepestSite):
                     forward(batch)
-                after(number, state.tokens)
+                after(number, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -101,7 +112,7 @@ def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
     """A function that runs a batch through the part of the model that holds `layers`, without the head if it can."""
     body = getattr(model, "base_model", model)
     inside = {id(module) for module in body.modules()}
-    if not all(id(layer) in inside for layer in layers.values()):
+    if not all(id(home(layer)) in inside for layer in layers.values()):
         body = model
     accepted = inspect.signature(body.forward).parameters
     # models that count positions from the padding token themselves (RoBERTa) start at another number than 0
@@ -120,25 +131,51 @@ def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
                 inputs.setdefault("decoder_attention_mask", inputs["attention_mask"])
         return body(**inputs)
 
-    return forward
+    return watched(forward, layers)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Batch:
-    """What the hooks need to know of the batch under way: its number, its tokens and which rows are real ones."""
+    """What the hooks need to know of the batch under way: its number and which rows are real ones.
 
-    def begin(self, number: int, batch: Batch) -> None:
-        mask = batch.get("attention_mask")
+    masks: name -> (indices of the real rows or None where all are real, number of all rows).
+    """
+
+    def begin(self, number: int, masks: Mapping[str, Tensor]) -> None:
         self.number = number
-        self.size = mask.numel() if mask is not None else None
-        self.rows = mask.reshape(-1).nonzero().squeeze(1) if mask is not None and not mask.all() else None
-        self.tokens = int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+        self.masks: dict[str, tuple[Tensor | None, int]] = {}
+        self.rows_of_batch = 0
+        for name, mask in masks.items():
+            rows = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
+            self.masks[name] = rows, mask.numel()
+            self.rows_of_batch = len(mask)
 
-    def real(self, x: Tensor) -> Tensor:
-        """The real tokens of an activation (..., d) as (n, d)."""
+    def real(self, x: Tensor, site: Site) -> Tensor:
+        """The real tokens of a site's activation (..., d) as (n, d)."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        if self.rows is None or flat.shape[0] != self.size:
+        rows, size = self.masks.get(site.mask, (None, 0))
+        if rows is None or site.routed:
             return flat
-        return flat.index_select(0, self.rows.to(flat.device))
+        if len(flat) == size:
+            return flat.index_select(0, rows.to(flat.device))
+        # one row per sequence, another stream such as image patches, or a model that removes padding itself
+        if len(x) == self.rows_of_batch or len(flat) == len(rows):
+            return flat
+        raise PrepError(
+            f"the input of {site.name} has {len(flat)} rows in batch {self.number} of {size} tokens, so its padding "
+            "cannot be told: use batches without padding or leave it out with --exclude"
+        )
 
 
 def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state: _Batch) -> list[Any]:
@@ -149,7 +186,7 @@ def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state
     def take(member: str, args: tuple, kwargs: dict) -> None:
         x = layer_input(args, kwargs)
         if member == leader:
-            total.add_input(state.real(x), state.number)
+            total.add_input(state.real(x, site), state.number)
             shared[:] = [(x, x._version)]
         elif not shared or x is not shared[0][0] or x._version != shared[0][1]:
             raise PrepError(
@@ -162,9 +199,9 @@ def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state
     def take_output(member: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         if y.dtype in (torch.float32, torch.float64):
             bias = getattr(module, "bias", None)
-            y = state.real(y) if bias is None else state.real(y) - bias
+            y = state.real(y, site) if bias is None else state.real(y, site) - bias
         else:  # a half-precision y has lost what the moment is to keep
-            y = state.real(layer_input(args, kwargs)).float() @ weight_matrix(module).float().T
+            y = state.real(layer_input(args, kwargs), site).float() @ weight_matrix(module).float().T
         total.add_output(member, y)
 
     handles: list[Any] = []

@@ -1,15 +1,15 @@
-"""`prep covariance`: stream text through a model and store the second moment of every linear layer's input.
+"""`prep covariance`: stream text, or batches, through a model and store the second moment of every layer's input.
 
-C = E[x x^T] over the real tokens of the corpus, uncentred, with the mean beside it, per site (see sites.py).
+C = E[x x^T] over the real tokens, uncentred, with the mean beside it, per site (see sites.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,23 @@ from ..store.errors import PrepError
 from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard
 from . import models
-from .calibration import accumulators, forward_of, run_pass
+from .calibration import Batch, accumulators, evaluating, run_pass
 from .corpus import Corpus, CorpusOptions, load_corpus
 from .methods import MOMENT_KINDS, one_of
 from .moments import SiteMoments, moment_kind
 from .plan import make_plan
 from .progress import Progress, say
 from .recovery import Recovery
-from .sites import find_sites, target_layers
-
-PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found
+from .sites import encoder_of, find_sites, other_weights, target_layers
+from .stream import Batches, Mask, Text
 
 
 def covariance(
-    model: str,
-    data: str,
+    model: str | nn.Module,
+    data: str | None = None,
     *,
+    batches: Iterable[Any] | None = None,
+    mask: Mask | None = None,
     store: str | Path = "prep.zarr",
     revision: str | None = None,
     subset: str | None = None,
@@ -65,100 +66,148 @@ def covariance(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Store:
-    """Calibrate `model` (path or hub id) on `data` (file, glob or hub id) into `store`; the options are the command's.
+    """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
 
-    A complete store of the same run is returned as it is, an incomplete one is resumed, one of another run is refused
-    unless `overwrite`. Accumulators beyond `memory_budget` bytes are made in several passes; the state is stored every
-    `checkpoint_every` seconds and on SIGINT and SIGTERM, and nothing before.
+    model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
+    tensors that it is called with. mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's
+    `attention_mask`. The options from `subset` to `seed` are of `data`, those of loading of a path or hub id.
+
+    A complete store of the same run is returned as it is, an incomplete one is resumed, one of another run, or of
+    batches, is refused unless `overwrite`. Accumulators beyond `memory_budget` bytes are made in several passes; the
+    state is stored every `checkpoint_every` seconds and on SIGINT and SIGTERM, and nothing before; not with `batches`.
 
     Raises PrepError for bad input and StoreError where the store holds something else.
     """
     one_of("--moment", moment, (*MOMENT_KINDS, "auto"))
     one_of("--moment-dtype", moment_dtype, ("float64", "float32"))
     one_of("--dtype", dtype, ("auto", *models.DTYPES))
-    corpus_options = CorpusOptions(
-        models.absolute_if_local(data),
-        subset,
-        split,
-        text_column,
-        template,
-        chat_column,
-        num_sequences,
-        seq_len,
-        pack,
-        seed,
-    )
-    model_id = models.absolute_if_local(model)
-    config = models.load_config(model_id, revision, trust_remote_code)
-    corpus = load_corpus(corpus_options, models.load_tokenizer(model_id, revision, trust_remote_code))
-    options = {
+    loading = {"revision": revision, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    _check_inputs(model, data, batches, mask, {**loading, "dtype": dtype != "auto", "device": device})
+    options: dict[str, Any] = {
         "targets": list(targets),
         "exclude": list(exclude),
         "layers": layers,
         "moment": moment,
         "moment_dtype": moment_dtype,
         "dtype": dtype,
-        "batch_size": batch_size,
     }
+    if isinstance(model, str):
+        model_id: str | None = models.absolute_if_local(model)
+        architecture = models.config_hash(models.load_config(str(model_id), revision, trust_remote_code))
+    else:
+        model_id, architecture = None, models.model_hash(model)
+    stream: Text | Batches
+    if batches is not None:
+        stream = Batches(batches, mask)
+    else:
+        corpus_options = CorpusOptions(
+            models.absolute_if_local(str(data)),
+            subset,
+            split,
+            text_column,
+            template,
+            chat_column,
+            num_sequences,
+            seq_len,
+            pack,
+            seed,
+        )
+        tokenizer = models.load_tokenizer(str(model_id), revision, trust_remote_code)
+        stream = Text(load_corpus(corpus_options, tokenizer), batch_size)
+        options["batch_size"] = batch_size
     wanted: dict[str, Any] = {
-        "model": {"id": model_id, "revision": revision, "config_hash": models.config_hash(config)},
-        "corpus": {**asdict(corpus_options), "tokens": corpus.tokens, "hash": corpus.hash},
+        "model": {"id": model_id, "revision": revision, "config_hash": architecture},
+        "corpus": stream.about,
         "options": options,
     }
     existing = _existing(store, wanted, overwrite, quiet)
     if existing is not None and existing.status == "complete" and existing.corpus is not None:
         return existing
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = models.load_model(
-        model_id,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-    _check_fits(net, corpus)
+    if isinstance(model, str):
+        net = models.load_model(
+            str(model_id),
+            revision=revision,
+            dtype=dtype,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        net = model
+    if isinstance(stream, Text):
+        _check_fits(net, stream.corpus)
     layers_by_name = target_layers(net, targets, exclude, layers)
-    forward = forward_of(net, layers_by_name)
-    example = next(iter(corpus.batches(1)))
-    sites, skipped = find_sites(layers_by_name, lambda: forward({k: v[:, :PROBE_TOKENS] for k, v in example.items()}))
+    forward = stream.forward(net, layers_by_name)
+    with evaluating(net):
+        sites, skipped = find_sites(layers_by_name, lambda: forward(stream.example()), encoder_of(net))
     if not sites:
         raise PrepError("no layer is reached by the forward pass: choose others with --targets")
+    if not targets:
+        skipped |= other_weights(net, exclude, layers)
     kinds = {site.name: moment_kind(moment, site.shapes) for site in sites}
     plan = make_plan(sites, kinds, memory_budget, moment_dtype)
+    if len(plan.passes) > 1 and stream.once:
+        raise PrepError(
+            f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
+            "give batches= as a list or a DataLoader, or raise memory_budget"
+        )
 
     attrs = {
         **wanted,
         "model": models.describe(net, model_id, revision),
         "prep_version": __version__,
-        "id": content_hash([json.dumps(wanted, sort_keys=True)]),
+        "id": _id(wanted),
         "status": "incomplete",
         "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
     }
-    with disk_guard(store, plan.disk), writer_lock(store, break_lock):
-        recovery = Recovery(store, existing, attrs, plan.passes, skipped, checkpoint_every, quiet)
-        done = (recovery.part * len(corpus.sequences) + recovery.batches * batch_size) / len(corpus.sequences)
+    every = checkpoint_every if isinstance(stream, Text) else float("inf")  # one's own batches are not resumed
+    tokens = 0
+    with disk_guard(store, plan.disk), writer_lock(store, break_lock), evaluating(net):
+        recovery = Recovery(store, existing, attrs, plan.passes, skipped, every, quiet)
+        done = recovery.part * stream.total + stream.size(0, recovery.batches)
         begun = time.monotonic()
         with (
-            recovery.signals(),
-            Progress("covariance", corpus.tokens * len(plan.passes), "tokens", quiet, int(done * corpus.tokens)) as bar,
+            recovery.signals() if isinstance(stream, Text) else contextlib.nullcontext(),
+            Progress("covariance", stream.total * len(plan.passes), stream.unit, quiet, done) as bar,
         ):
             for part in plan.passes[recovery.part :]:
                 totals = accumulators(part, kinds)
                 recovery.restore(totals)
                 first = recovery.batches
 
-                def after(number: int, tokens: int, totals: dict[str, SiteMoments] = totals) -> None:
-                    bar.advance(tokens)
+                def after(number: int, batch: Batch, totals: dict[str, SiteMoments] = totals) -> None:
+                    bar.advance(stream.size(number, number + 1))
                     recovery.batch_done(number + 1, totals)
 
-                batches = corpus.batches(batch_size, first * batch_size)
-                run_pass(layers_by_name, part, totals, forward, batches, after, first, whole=len(plan.passes) == 1)
+                whole = len(plan.passes) == 1
+                run_pass(layers_by_name, part, totals, forward, stream.read(first), after, first, whole, stream.masks)
+                tokens = max([tokens, *(total.count for total in totals.values())])
                 recovery.part_done(part, totals, layers_by_name, moment_dtype)
-        recovery.finish({**attrs["run"], "seconds": round(time.monotonic() - begun, 3)})
+        corpus = {"tokens": tokens, **stream.about}
+        run = {**attrs["run"], "seconds": round(time.monotonic() - begun, 3)}
+        recovery.finish({"corpus": corpus, "id": _id({**wanted, "corpus": corpus}), "run": run})
     return open_store(store)
+
+
+def _id(wanted: dict[str, Any]) -> str:
+    return content_hash([json.dumps(wanted, sort_keys=True)])
+
+
+def _check_inputs(
+    model: str | nn.Module, data: str | None, batches: Any, mask: Mask | None, loading: dict[str, Any]
+) -> None:
+    """Refuse combinations that make no sense; loading: options that only a path or hub id has, by name."""
+    if (data is None) == (batches is None):
+        raise PrepError("give either data=, or batches= for a model of your own")
+    if batches is None and mask is not None:
+        raise PrepError("mask= belongs to batches=: text is masked by its tokenizer")
+    if not isinstance(model, str):
+        if data is not None:
+            raise PrepError("data= needs the tokenizer of a path or hub id: name the model so, or give batches=")
+        given = [name for name, value in loading.items() if value]
+        if given:
+            raise PrepError(f"{given[0]}= is for loading a path or hub id: prepare the module itself")
 
 
 def _check_fits(model: nn.Module, corpus: Corpus) -> None:
@@ -189,6 +238,11 @@ def _existing(location: str | Path, wanted: dict[str, Any], overwrite: bool, qui
                 continue
             if have.get(key) != value:
                 differences.append(f"{section} {key}: {have.get(key)!r} there, {value!r} asked for")
+    if found.corpus is not None and wanted["corpus"]["source"] == "batches":
+        raise PrepError(
+            f"{location} holds moments, and batches cannot be compared with theirs: "
+            "name another store, or replace it with overwrite=True"
+        )
     if differences:
         raise PrepError(
             f"{location} holds a run with other options ({'; '.join(differences)}): "

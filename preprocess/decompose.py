@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -26,6 +27,7 @@ from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard
 from ..store.weights import layer_shape, weight_hash, weight_matrix
 from . import models
+from .experts import expert_layers
 from .methods import Method, basis_name, check, method_for, one_of
 from .progress import Progress, say
 from .sites import target_layers
@@ -48,7 +50,7 @@ def decompose(
     select: str | None = None,
     solver: str = "auto",
     dtype: str = "float32",
-    model: str | None = None,
+    model: str | nn.Module | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     break_lock: bool = False,
@@ -57,7 +59,8 @@ def decompose(
 ) -> BasisSet:
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
 
-    for_: a published method (a row of PUBLISHED); metric, power, select and center override its choices. With metric
+    for_: a published method (a row of PUBLISHED); metric, power, select and center override its choices. model: a path,
+    hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With metric
     identity and `model`, no store need exist. A basis that is there with the same options is returned, an incomplete
     one resumed, another one refused unless `overwrite`.
 
@@ -75,7 +78,7 @@ def decompose(
         solver=solver,
     )
     name = name or basis_name(method)
-    if not name or "/" in name or name.startswith((".", "_")):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "zarr.json":
         raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
     one_of("--dtype", dtype, tuple(DTYPE_BYTES))
     found = _open(store, method, model)
@@ -85,16 +88,19 @@ def decompose(
         if done is not None and done.status == "complete":
             return done
 
-    source = models.absolute_if_local(model) if model else str(found.model["id"])  # type: ignore[union-attr]
     if model is None and found is not None:
         revision = found.model.get("revision")
-    net = models.load_model(
-        source,
-        revision=revision,
-        dtype=found.model["dtype"] if found is not None else "float32",
-        device="cpu",
-        trust_remote_code=trust_remote_code,
-    )
+    if isinstance(model, nn.Module):
+        net, source = model, None
+    else:
+        source = _source(model, found)
+        net = models.load_model(
+            source,
+            revision=revision,
+            dtype=found.model["dtype"] if found is not None else "float32",
+            device="cpu",
+            trust_remote_code=trust_remote_code,
+        )
     modules = _matching_modules(net, layers, found)
     for layer, module in modules.items():
         if not torch.isfinite(weight_matrix(module)).all():
@@ -136,9 +142,24 @@ def decompose(
     return open_store(store).bases[name]
 
 
-def _open(location: str | Path, method: Method, model: str | None) -> Store | None:
+def _source(model: str | None, found: Store | None) -> str:
+    """Where the model is loaded from: `model`, or what the store was calibrated on."""
+    if model:
+        return models.absolute_if_local(model)
+    known: dict[str, Any] = found.model if found is not None else {}
+    if not known.get("id"):
+        where = found.location if found is not None else "the store"
+        raise StoreError(
+            f"{where} was calibrated on a module, {known.get('class')}, which it cannot load: "
+            "pass it in Python, prep.decompose(store, model=module)"
+        )
+    return str(known["id"])
+
+
+def _open(location: str | Path, method: Method, model: str | nn.Module | None) -> Store | None:
     """The store, or None where none is there and none is needed."""
-    if method.metric == "identity" and method.select != "activation" and model and not Path(location).exists():
+    needed = method.metric != "identity" or method.select == "activation" or model is None
+    if not needed and not Path(location).exists():
         return None
     if not Path(location).exists() and "://" not in str(location):
         hint = "run `prep covariance --model X --data Y` first"
@@ -167,15 +188,18 @@ def _checked_layers(found: Store, method: Method) -> dict[str, LayerMoment] | No
 
 
 def _existing(
-    found: Store, name: str, method: Method, dtype: str, model: str | None, overwrite: bool, quiet: bool
+    found: Store, name: str, method: Method, dtype: str, model: str | nn.Module | None, overwrite: bool, quiet: bool
 ) -> BasisSet | None:
     """The basis of that name if it was made with the same options, complete or not."""
     if overwrite:
         return None
     basis = found.bases.open(name)
-    have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": basis.model.get("id")}
-    source = models.absolute_if_local(model) if model else found.model["id"]
-    wanted: dict[str, Any] = {**asdict(method), "dtype": dtype, "model": source}
+    if isinstance(model, nn.Module):  # it has no id
+        of_basis, asked = basis.model.get("config_hash"), models.model_hash(model)
+    else:
+        of_basis, asked = basis.model.get("id"), models.absolute_if_local(model) if model else found.model["id"]
+    have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": of_basis}
+    wanted: dict[str, Any] = {**asdict(method), "dtype": dtype, "model": asked}
     differences = [
         f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
     ]
@@ -196,10 +220,10 @@ def _matching_modules(
 ) -> dict[str, nn.Module]:
     """The model's modules for the store's layers, checked for shape and, for output moments, for their weights."""
     if layers is None:
-        if found is not None and found.model.get("config_hash") not in (None, models.config_hash(net.config)):
+        if found is not None and found.model.get("config_hash") not in (None, models.model_hash(net)):
             raise PrepError(f"{found.location} is of another model ({found.model['id']}): name another --store")
         return target_layers(net)
-    modules = dict(net.named_modules())
+    modules: dict[str, nn.Module] = {**dict(net.named_modules()), **expert_layers(net)}
     for layer, moment in layers.items():
         if layer not in modules:
             raise PrepError(f"the model has no layer {layer}, which the store was calibrated on: give its --model")
@@ -283,7 +307,7 @@ def _decompose_site(
             shared = _moment(stored)
         W = weight_matrix(modules[layer])
         try:
-            results.append((layer, W, whitened_svd(W.to(torch.float64).numpy(), shared, method)))
+            results.append((layer, W, whitened_svd(W.to("cpu", torch.float64).numpy(), shared, method)))
         except PrepError as error:
             raise PrepError(f"{layer}: {error}") from error
     return results
@@ -317,7 +341,7 @@ def _record(result: WhitenedSVD, shape: tuple[int, int], index: int, W: Tensor) 
     )
 
 
-def _store_without_moments(location: str | Path, net: nn.Module, source: str, revision: str | None) -> Store:
+def _store_without_moments(location: str | Path, net: nn.Module, source: str | None, revision: str | None) -> Store:
     """A store that holds bases only, for metric identity."""
     model = models.describe(net, source, revision)
     return create_store(

@@ -66,8 +66,9 @@ def load_model(
     torch_dtype = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
     names = getattr(config, "architectures", None) or []
     auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
+    loaded: Any
     with _one_line(model), _quiet(transformers):
-        loaded, report = auto.from_pretrained(
+        loaded, report = auto.from_pretrained(  # type: ignore[misc]
             model,
             config=config,
             revision=revision,
@@ -101,17 +102,24 @@ def config_hash(config: Any) -> str:
     return content_hash([json.dumps(fields, sort_keys=True)])
 
 
-def describe(model: nn.Module, model_id: str, revision: str | None) -> dict[str, Any]:
-    """The store's `model` attribute."""
-    config = model.config
-    dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
-    commit = getattr(config, "_commit_hash", None)
+def model_hash(model: nn.Module) -> str:
+    """Hash of the architecture: of its configuration, or of names and shapes where a module has none."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        return config_hash(config)
+    return content_hash(f"{name} {tuple(parameter.shape)}\n" for name, parameter in model.named_parameters())
+
+
+def describe(model: nn.Module, model_id: str | None, revision: str | None) -> dict[str, Any]:
+    """The store's `model` attribute; the id is None for a module that was passed as such."""
+    first = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None) if model_id else None
     return {
         "id": model_id,
         "revision": revision or commit,
         "class": type(model).__name__,
-        "config_hash": config_hash(config),
-        "dtype": dtype,
+        "config_hash": model_hash(model),
+        "dtype": str(getattr(model, "dtype", first)).removeprefix("torch."),
     }
 
 

@@ -86,13 +86,17 @@ class SiteMoments:
         for layer, panels_ in (sums.outputs or {}).items():
             self.outputs[layer].panels = panels_
 
+    def need_tokens(self) -> None:
+        """PrepError where no token came."""
+        if not self.count:
+            raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
+
     def finish(self, members: dict[str, dict]) -> SiteData:
         """The sums divided by the token count, in place: the accumulator is used up.
 
         PrepError where no token came or a product overflowed.
         """
-        if not self.count:
-            raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
+        self.need_tokens()
         data = SiteData(
             kind=self.kind,
             members=members,

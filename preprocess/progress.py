@@ -12,7 +12,7 @@ _LINE_EVERY = 10.0  # seconds between log lines
 
 
 class Progress:
-    """Counts `unit`s from `done` up to `total` on stderr; silent when `quiet`."""
+    """Counts `unit`s from `done` up to `total` (0: not known) on stderr; silent when `quiet`."""
 
     def __init__(self, label: str, total: int, unit: str, quiet: bool = False, done: int = 0):
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
@@ -20,7 +20,7 @@ class Progress:
         self._begun = self._printed = time.monotonic()
         terminal = sys.stderr.isatty() and not quiet
         self._bar = (
-            tqdm(desc=label, total=total, initial=done, unit=f" {unit}", unit_scale=total >= 10_000)
+            tqdm(desc=label, total=total or None, initial=done, unit=f" {unit}", unit_scale=total >= 10_000)
             if terminal
             else None
         )
@@ -49,7 +49,8 @@ class Progress:
         seconds = self._printed - self._begun
         rate = (self.done - self._before) / seconds if seconds else 0.0
         left = f", {(self.total - self.done) / rate:,.0f} s left" if rate and self.done < self.total else ""
-        share = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
+        of = f" of {self.total:,}" if self.total else ""
+        share = f"{self.label}: {self.done:,}{of} {self.unit}"
         say(f"{share} in {seconds:.1f} s, {rate:,.0f} {self.unit}/s{left}", self.quiet)
 
 

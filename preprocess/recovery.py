@@ -20,6 +20,8 @@ from torch import nn
 from ..store import Store, begin_moments, create_store, open_store, write_site
 from ..store.checkpoint import finish, read_checkpoint, write_checkpoint
 from ..store.errors import PrepError
+from ..store.moments import skip_sites
+from ..store.schema import put_attributes
 from .calibration import site_members
 from .moments import SiteMoments
 from .progress import say
@@ -92,17 +94,27 @@ class Recovery:
     def part_done(
         self, sites: Sequence[Site], totals: dict[str, SiteMoments], layers: Mapping[str, nn.Module], dtype: str
     ) -> None:
-        """Write the moments of a finished pass, giving up its accumulators one by one."""
+        """Write the moments of a finished pass, giving up its accumulators one by one.
+
+        Experts that no token was routed to are listed as skipped.
+        """
+        idle = [site.name for site in sites if site.routed and not totals[site.name].count]
+        for site in sites:
+            if site.name not in idle:
+                totals[site.name].need_tokens()
         root = self._begin()
         group: Any = root["moments"]
+        skip_sites(root, dict.fromkeys(idle, "no token of the data was routed to it"))
         for site in sites:
+            if site.name in idle:
+                continue
             write_site(group, site.name, totals.pop(site.name).finish(site_members(site, layers)), dtype)
         self.part, self.batches = self.part + 1, 0
         write_checkpoint(root, {}, {"part": self.part, "batches": 0})
 
-    def finish(self, run: dict[str, Any]) -> None:
-        """Mark the store complete."""
-        finish(self._begin(), {"status": "complete", "run": run})
+    def finish(self, attrs: dict[str, Any]) -> None:
+        """Mark the store complete, with attributes known only now."""
+        finish(self._begin(), {"status": "complete", **attrs})
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -131,6 +143,6 @@ class Recovery:
                 self._root = create_store(self._location, self._attrs).root
             else:  # incomplete without a checkpoint, or with bases only, which are kept
                 self._root = open_store(self._location, "r+").root
-                self._root.attrs.update(self._attrs)
+                put_attributes(self._root, {**self._root.attrs, **self._attrs})
             begin_moments(self._root, self._index, self._skipped)
         return self._root

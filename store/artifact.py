@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.core.sync import sync
 from zarr.errors import BaseZarrError
 
 from . import schema
@@ -31,7 +32,7 @@ class Store:
             raise StoreError(f"{location} is a zarr group but not a prep store: name another --store")
         if not isinstance(attrs.get("format_version"), int) or attrs["format_version"] > schema.FORMAT_VERSION:  # type: ignore[operator]
             raise StoreError(
-                f"{location} has the format version {attrs.get('format_version')}, this prep-bases reads up to "
+                f"{location} has the format version {attrs.get('format_version')!r:.40}, this prep-bases reads up to "
                 f"{schema.FORMAT_VERSION}: upgrade prep-bases"
             )
         self.attrs: dict[str, Any] = schema.attributes(root, _REQUIRED)
@@ -94,7 +95,7 @@ def open_store(location: str | Path, mode: str = "r") -> Store:
     try:
         root = schema.open_group(location, mode)
     except FileNotFoundError as error:
-        if "://" not in name and Path(name).exists():
+        if not schema.is_url(name) and Path(name).exists():
             raise StoreError(f"{name} is not a prep store: name another --store") from error
         hint = "run `prep covariance --model X --data Y` first, or name one with --store"
         raise StoreError(f"no store at {name}: {hint}") from error
@@ -106,8 +107,13 @@ def open_store(location: str | Path, mode: str = "r") -> Store:
 def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
     """Begin a store with the given root attributes, removing a store (never anything else) that is there."""
     path = Path(location)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not schema.is_url(location) and path.exists() and (not path.is_dir() or any(path.iterdir())):
         open_store(path)  # refuses to remove what is not a store
         shutil.rmtree(path)
+    if schema.is_url(location):
+        target = schema.zarr_store(location, read_only=False)
+        if schema.fetch(target, "zarr.json", 1) is not None:
+            open_store(location)
+            sync(target.clear())
     own = {"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": []}
     return Store(str(location), schema.open_group(location, "w-", own | attrs))

@@ -9,8 +9,9 @@ spectrum (n, k)   singular values of W M, float64, descending
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import zarr
@@ -41,15 +42,47 @@ class LayerRecord:
     hash: str = ""
 
 
+_RECORD_TYPES = {"int": (int,), "float": (int, float), "str": (str,)}
+
+
+def _record(layer: str, found: dict[str, Any], layers: list[str], rank: int) -> LayerRecord:
+    """One record as the attributes give it, checked against its group's layers and rank."""
+    record = LayerRecord(**{**found, "shape": schema.check_shape(found["shape"], layer)})
+    for field in fields(LayerRecord):
+        kinds = _RECORD_TYPES.get(str(field.type))
+        if kinds and type(getattr(record, field.name)) not in kinds:
+            raise ValueError(field.name)
+    if layers[record.index] != layer or record.index < 0 or not 1 <= record.rank <= rank:
+        raise ValueError(layer)
+    return record
+
+
+def group_arrays(shape: tuple[int, int], n: int, R: int, k: int, dtype: str) -> dict[str, schema.Layout]:
+    """The arrays of n stacked layers of one shape, R directions and k singular values each."""
+    d_out, d_in = shape
+    slab = min(R, schema.SLAB)
+    return {
+        "U": schema.Layout((n, R, d_out), (1, slab, d_out), (dtype,)),
+        "P": schema.Layout((n, R, d_in), (1, slab, d_in), (dtype,)),
+        "S": schema.Layout((n, R), (1, R), ("float64",)),
+        "spectrum": schema.Layout((n, k), (1, k), ("float64",)),
+    }
+
+
 @dataclass(frozen=True)
 class Basis:
-    """The basis of one layer: U (d_out, r), S (r,), P (r, d_in); `spectrum` (k,) holds the singular values of W M."""
+    """The basis of one layer: U (d_out, r), S (r,), P (r, d_in)."""
 
     U: Tensor
     S: Tensor
     P: Tensor
-    spectrum: Tensor
     record: LayerRecord
+    _spectrum: Callable[[], Tensor]
+
+    @property
+    def spectrum(self) -> Tensor:
+        """The singular values of W M (k,), read when asked for: training does not need them."""
+        return self._spectrum()
 
     @property
     def energy(self) -> float:
@@ -69,15 +102,17 @@ class BasisSet(Mapping[str, Basis]):
         self.dtype = str(attrs["dtype"])
         self.model: dict[str, Any] = attrs["model"]
         self.hash = str(attrs.get("hash", ""))
-        self._groups: dict[str, dict[str, Any]] = attrs["groups"]
         try:
+            self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
             self.layers = {
-                layer: LayerRecord(**{**record, "shape": tuple(record["shape"])})
+                layer: _record(layer, record, *_group_of(self._groups, record))
                 for layer, record in attrs["layers"].items()
             }
-            self.expected = [layer for group in self._groups.values() for layer in group["layers"]]
-        except (TypeError, KeyError, AttributeError) as error:
+            if self.dtype not in schema.DTYPES:
+                raise ValueError(self.dtype)
+        except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
             raise StoreError(f"the attributes of basis {name!r} are damaged: restore the store from a copy") from error
+        self.expected = [layer for group in self._groups.values() for layer in group["layers"]]
 
     def __repr__(self) -> str:
         return f"BasisSet({self.name!r}, {len(self.layers)} layers, {self.method})"
@@ -104,26 +139,38 @@ class BasisSet(Mapping[str, Basis]):
             if layer not in self.layers:
                 raise StoreError(f"basis {self.name!r} does not hold the layer {layer}; `prep info` lists its layers")
         out: dict[str, Basis] = {}
-        for key in sorted({_group_key(self.layers[layer].shape) for layer in wanted}):
-            members = [layer for layer in wanted if _group_key(self.layers[layer].shape) == key]
-            out.update(self._read_group(key, members, rank))
+        for shape in sorted({self.layers[layer].shape for layer in wanted}):
+            members = [layer for layer in wanted if self.layers[layer].shape == shape]
+            out.update(self._read_group(shape, members, rank))
         return {layer: out[layer] for layer in wanted}
 
-    def _read_group(self, key: str, members: list[str], rank: int | None) -> dict[str, Basis]:
-        layers, R, k = self._groups[key]["layers"], int(self._groups[key]["rank"]), int(self._groups[key]["spectrum"])
-        d_out, d_in = self.layers[members[0]].shape
-        n, r = len(layers), min(R, rank or R)
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The shapes (d_out, d_in) of its layers."""
+        return list(self._groups)
+
+    def arrays(self, shape: tuple[int, int]) -> dict[str, schema.Layout]:
+        """The arrays of the layers of one shape, by role."""
+        group = self._groups[shape]
+        return group_arrays(shape, len(group["layers"]), group["rank"], group["spectrum"], self.dtype)
+
+    def _read_group(self, shape: tuple[int, int], members: list[str], rank: int | None) -> dict[str, Basis]:
         rows = [self.layers[layer].index for layer in members]
         first, last = min(rows), max(rows) + 1
-        chosen = (slice(first, last), slice(0, r))
-        U = schema.read(schema.open_array(self._group, f"{key}/U", (n, R, d_out)), chosen)
-        P = schema.read(schema.open_array(self._group, f"{key}/P", (n, R, d_in)), chosen)
-        S = schema.read(schema.open_array(self._group, f"{key}/S", (n, R)), chosen)
-        spectrum = schema.read(schema.open_array(self._group, f"{key}/spectrum", (n, k)), slice(first, last))
+        chosen = (slice(first, last), slice(0, rank))
+        U, P, S = (
+            schema.read(schema.open_array(self._group, f"{group_key(shape)}/{role}", layout), chosen)
+            for role, layout in self.arrays(shape).items()
+            if role != "spectrum"
+        )
         return {
-            layer: Basis(U[i].T, S[i], P[i], spectrum[i], self.layers[layer])
+            layer: Basis(U[i].T, S[i], P[i], self.layers[layer], partial(self._read_spectrum, shape, i + first))
             for layer, i in ((layer, self.layers[layer].index - first) for layer in members)
         }
+
+    def _read_spectrum(self, shape: tuple[int, int], row: int) -> Tensor:
+        layout = self.arrays(shape)["spectrum"]
+        return schema.read(schema.open_array(self._group, f"{group_key(shape)}/spectrum", layout), row)
 
 
 class Bases(Mapping[str, BasisSet]):
@@ -131,7 +178,7 @@ class Bases(Mapping[str, BasisSet]):
 
     def __init__(self, root: zarr.Group):
         self._root = root
-        self.names: list[str] = list(schema.attributes(root, {"bases": list})["bases"])
+        self.names = [schema.check_name(name, "basis") for name in schema.attributes(root, {"bases": list})["bases"]]
 
     def __getitem__(self, name: str) -> BasisSet:
         basis = self.open(name)
@@ -182,29 +229,29 @@ class BasisWriter:
     ) -> BasisWriter:
         """Begin a basis, replacing one of that name. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}."""
         attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
-        attrs["groups"] = {_group_key(shape): dict(group) for shape, group in groups.items()}
-        others = [other for other in root.attrs["bases"] if other != name]  # type: ignore[union-attr]
-        root.attrs["bases"] = others  # listed again when its arrays are there, so that a listed basis can be resumed
-        root.create_group(f"bases/{name}", overwrite=True, attributes=attrs)
+        attrs["groups"] = {group_key(shape): dict(group) for shape, group in groups.items()}
+        kept = schema.attributes(root, {"bases": list})
+        others = [other for other in kept["bases"] if other != name]
+        # listed again when its arrays are there, so that a listed basis can be resumed
+        schema.put_attributes(root, {**kept, "bases": others})
+        root.create_group(f"bases/{name}", overwrite=True, attributes=schema.sealed(attrs))
         writer = cls(root, name, attrs)
-        for (d_out, d_in), group in groups.items():
-            key, n, R, k = _group_key((d_out, d_in)), len(group["layers"]), group["rank"], group["spectrum"]
-            slab = min(R, schema.SLAB)
-            schema.create_array(writer._group, f"{key}/U", (n, R, d_out), (1, slab, d_out), dtype)
-            schema.create_array(writer._group, f"{key}/P", (n, R, d_in), (1, slab, d_in), dtype)
-            schema.create_array(writer._group, f"{key}/S", (n, R), (1, R), "float64")
-            schema.create_array(writer._group, f"{key}/spectrum", (n, k), (1, k), "float64")
-        root.attrs["bases"] = [*others, name]
+        for shape, group in groups.items():
+            arrays = group_arrays(shape, len(group["layers"]), group["rank"], group["spectrum"], dtype)
+            for role, layout in arrays.items():
+                path = f"{group_key(shape)}/{role}"
+                schema.create_array(writer._group, path, layout.shape, layout.chunks, layout.dtypes[0])
+        schema.put_attributes(root, {**kept, "bases": [*others, name]})
         return writer
 
     @classmethod
     def resume(cls, root: zarr.Group, name: str) -> BasisWriter:
         """Go on with an incomplete basis."""
-        return cls(root, name, dict(schema.child(root, f"bases/{name}").attrs))
+        return cls(root, name, schema.attributes(schema.child(root, f"bases/{name}"), {"layers": dict}))
 
     def write(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> None:
         """Store one layer: U (d_out, r), S (r,), P (r, d_in), spectrum (k,)."""
-        key, dtype = _group_key(record.shape), self._attrs["dtype"]
+        key, dtype = group_key(record.shape), self._attrs["dtype"]
         parts = {"U": (U.T, dtype), "P": (P, dtype), "S": (S, "float64"), "spectrum": (spectrum, "float64")}
         for role, (value, _) in parts.items():
             path = f"{key}/{role}"
@@ -221,7 +268,7 @@ class BasisWriter:
         order = [layer for group in self._attrs["groups"].values() for layer in group["layers"]]
         done = self._attrs["layers"]
         self._attrs["layers"] = {layer: done[layer] for layer in order if layer in done}
-        self._group.attrs.put(self._attrs)
+        schema.put_attributes(self._group, self._attrs)
         self._flushed = time.monotonic()
 
     def finish(self) -> None:
@@ -229,6 +276,7 @@ class BasisWriter:
         records = self._attrs["layers"]
         self._attrs["hash"] = schema.content_hash(f"{layer} {records[layer]['hash']}" for layer in sorted(records))
         self._attrs["status"] = "complete"
+        schema.remove_partial(self._group)
         self.flush()
 
 
@@ -250,5 +298,29 @@ def make_command(name: str) -> str:
     return f"`{' '.join(['prep decompose', *options])}`"
 
 
-def _group_key(shape: tuple[int, int]) -> str:
+def group_key(shape: tuple[int, int]) -> str:
+    """Name of the group that stacks the layers of one shape."""
     return f"{shape[0]}x{shape[1]}"
+
+
+def _shape_of(key: str) -> tuple[int, int]:
+    d_out, d_in = (int(size) for size in key.split("x"))
+    if key != group_key((d_out, d_in)) or min(d_out, d_in) < 1:
+        raise ValueError(key)
+    return d_out, d_in
+
+
+def _checked_group(key: str, group: dict[str, Any]) -> dict[str, Any]:
+    for layer in group["layers"]:
+        schema.check_name(layer, "layer")
+    shape, sizes = _shape_of(key), (group["rank"], group["spectrum"])
+    if not group["layers"] or not all(schema.is_count(size, 1) for size in sizes):
+        raise ValueError(key)
+    if group["rank"] > min(shape) or group["spectrum"] > max(shape):
+        raise ValueError(key)
+    return group
+
+
+def _group_of(groups: dict[tuple[int, int], dict[str, Any]], record: dict[str, Any]) -> tuple[list[str], int]:
+    group = groups[tuple(record["shape"])]  # type: ignore[index]
+    return group["layers"], group["rank"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import zarr
+from zarr.core.sync import sync
 
 from . import schema
 from .moments import SiteData, read_site, write_site
@@ -22,7 +23,8 @@ def write_checkpoint(root: zarr.Group, sums: Mapping[str, SiteData], where: dict
     group = root.create_group(f"checkpoint/{slot}", overwrite=True)
     for site, data in sums.items():
         write_site(group, site, data, "float64")
-    root.attrs["checkpoint"] = {"slot": slot, "sites": list(sums), **where}
+    state = {"slot": slot, "sites": list(sums), **where}
+    schema.put_attributes(root, {**root.attrs, "checkpoint": state})
 
 
 def read_checkpoint(root: zarr.Group) -> tuple[dict[str, Any], dict[str, SiteData]] | None:
@@ -37,8 +39,11 @@ def read_checkpoint(root: zarr.Group) -> tuple[dict[str, Any], dict[str, SiteDat
 
 
 def finish(root: zarr.Group, attrs: Mapping[str, Any]) -> None:
-    """Set root attributes and forget the checkpoint, in one step."""
+    """Remove the slots, then set root attributes and forget the checkpoint in one step.
+
+    By then the checkpoint names no sites, so that a run killed between the two does not miss the slots.
+    """
+    sync(root.store.delete_dir("checkpoint"))
+    schema.remove_partial(root)
     kept = {name: value for name, value in root.attrs.items() if name != "checkpoint"}
-    root.attrs.put({**kept, **attrs})
-    if "checkpoint" in root:
-        del root["checkpoint"]
+    schema.put_attributes(root, {**kept, **attrs})

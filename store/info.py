@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import zarr
 
 from .artifact import Store
 from .bases import Bases, BasisSet
+from .errors import StoreError
 
 
+def _readable(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Attributes that are not what the format says end in a StoreError."""
+
+    @functools.wraps(function)
+    def checked(given: Any) -> Any:
+        try:
+            return function(given)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise StoreError(f"the store's attributes are not those of the format: {error!r}") from error
+
+    return checked
+
+
+@_readable
 def info(store: Store) -> dict[str, Any]:
     """Model, corpus, moments and bases of a store with counts, sizes in bytes and captured energy by kind of layer.
 
@@ -69,7 +86,7 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
 
 
 def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]) -> dict[str, Any]:
-    key = ".".join("*" if part.isdigit() else part for part in layer.split("."))
+    key = _pattern(layer)
     key = key if groups.get(key, {"shape": shape})["shape"] == shape else layer
     group = groups.setdefault(key, {"layers": [], "shape": shape, "moment": None, "tokens": None, "energy": {}})
     if layer not in group["layers"]:
@@ -85,6 +102,7 @@ def _stored_bytes(group: zarr.Group) -> int | None:
     return sum(file.stat().st_size for file in (path / group.path).rglob("*") if file.is_file())
 
 
+@_readable
 def table(found: dict[str, Any]) -> list[str]:
     """The lines that `prep info` prints of an `info`."""
     model, corpus, moments = found["model"], found["corpus"], found["moments"]
@@ -93,14 +111,23 @@ def table(found: dict[str, Any]) -> list[str]:
     if found["status"] != "complete":
         lines[0] += ": run the same `prep covariance` command again"
     revision = f" at {model['revision']}" if model.get("revision") else ""
-    lines.append(f"model    {model['id']}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})")
-    if corpus:
+    lines.append(
+        f"model    {model['id'] or 'a module'}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})"
+    )
+    if corpus and "parts" in corpus:
+        lines.append(f"corpus   pool of {len(corpus['parts'])} stores, {corpus['tokens']:,} tokens")
+        for part in corpus["parts"]:
+            tokens = part["corpus"].get("tokens", 0)
+            lines.append(f"         {part['weight']:g} x {part['corpus'].get('source', 'a pool')}, {tokens:,} tokens")
+    elif corpus and corpus["source"] == "batches":
+        lines.append(f"corpus   {corpus.get('batches', '?')} batches, {corpus.get('tokens', 0):,} tokens")
+    elif corpus:
         shape = f"{corpus['num_sequences']} x {corpus['seq_len']}, {'packed' if corpus['pack'] else 'padded'}"
         lines.append(f"corpus   {corpus['source']}, {corpus['split']}: {shape}, {corpus['tokens']:,} tokens")
     if moments:
         kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
         lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds})")
-        lines += [f"skipped  {layer}: {reason}" for layer, reason in moments["skipped"].items()]
+        lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
     bases = found["bases"]
     if bases:
         rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "dtype", "MB"]]
@@ -134,7 +161,23 @@ def table(found: dict[str, Any]) -> list[str]:
         energies.append([name, *(f"{energy[basis]:.3f}" if basis in energy else "" for basis in bases)])
     if len(layers) > 1:
         lines += ["", *_aligned(layers)]
-    return [*lines, "", *_aligned(energies)] if bases else lines
+    lines += ["", *_aligned(energies)] if bases else []
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a store may hold escape codes
+
+
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """Layers with the reason, one line for those that differ in their numbers only."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer, reason in skipped.items():
+        groups.setdefault((_pattern(layer), reason), []).append(layer)
+    return [
+        f"{layers[0]}: {reason}" if len(layers) == 1 else f"{pattern} ({len(layers)}): {reason}"
+        for (pattern, reason), layers in groups.items()
+    ]
+
+
+def _pattern(layer: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in layer.split("."))
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -41,6 +41,7 @@ def _locked(location: str | Path, path: Path) -> IO[str]:
     """The open lock file, locked; another one where the previous owner has just removed it."""
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
         except OSError as error:
             raise StoreError(f"cannot write beside {location}: {error.strerror or error}") from error

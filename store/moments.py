@@ -20,6 +20,7 @@ from . import schema
 from .errors import StoreError
 
 KINDS = ("full", "diagonal", "output")
+MOMENT_DTYPES = ("float64", "float32")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ class SiteData:
     outputs: dict[str, list[Tensor]] | None = None
 
 
+def site_arrays(kind: str, members: Mapping[str, tuple[int, int]]) -> dict[str, schema.Layout]:
+    """The arrays of a site by name. members: layer -> (d_out, d_in)."""
+    d = next(iter(members.values()))[1]
+    arrays = {"mean": schema.vector(d, *MOMENT_DTYPES)}
+    if kind == "full":
+        arrays["second_moment"] = schema.symmetric(d, *MOMENT_DTYPES)
+    else:
+        arrays["diagonal"] = schema.vector(d, *MOMENT_DTYPES)
+    if kind == "output":
+        arrays |= {f"output/{layer}": schema.symmetric(m, *MOMENT_DTYPES) for layer, (m, _) in members.items()}
+    return arrays
+
+
 class LayerMoment:
     """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`."""
 
@@ -48,8 +62,14 @@ class LayerMoment:
         self.count = int(attrs["count"])
         self.members: dict[str, dict[str, Any]] = attrs["members"]
         self.hash = str(attrs["hash"])
-        self.shape: tuple[int, int] = tuple(self.members[layer]["shape"])  # type: ignore[assignment]
+        if self.kind not in KINDS or not schema.is_count(self.count):
+            raise StoreError(f"{group.store_path} has the kind {self.kind!r} of {self.count} tokens: it is damaged")
+        shapes = {name: schema.check_shape(member["shape"], name) for name, member in self.members.items()}
+        if len({d_in for _, d_in in shapes.values()}) != 1:
+            raise StoreError(f"{group.store_path} has members of several widths: it is damaged")
+        self.shape = shapes[layer]
         self.weight_hash = str(self.members[layer]["weight_hash"])
+        self.arrays = site_arrays(self.kind, shapes)
         self._group = group
 
     def __repr__(self) -> str:
@@ -59,25 +79,40 @@ class LayerMoment:
     def second_moment(self) -> Tensor:
         """C (d_in, d_in) = E[x x^T], uncentred. StoreError where the site's moment kind is not full."""
         self._need("full", "second moment")
-        return _read_symmetric(self._group, "second_moment", self.shape[1])
+        return self._symmetric("second_moment")
 
     @property
     def output(self) -> Tensor:
         """E[y y^T] (d_out, d_out) of the bias-free output y = W x. StoreError where the kind is not output."""
         self._need("output", "output moment")
-        return _read_symmetric(self._group, f"output/{self.layer}", self.shape[0])
+        return self._symmetric(f"output/{self.layer}")
 
     @property
     def diagonal(self) -> Tensor:
         """E[x_i^2] (d_in,), for every moment kind."""
         if self.kind == "full":
             return self.second_moment.diagonal().clone()
-        return schema.read(schema.open_array(self._group, "diagonal", (self.shape[1],)))
+        return self._vector("diagonal")
 
     @property
     def mean(self) -> Tensor:
         """E[x] (d_in,)."""
-        return schema.read(schema.open_array(self._group, "mean", (self.shape[1],)))
+        return self._vector("mean")
+
+    def _vector(self, name: str) -> Tensor:
+        return schema.read(schema.open_array(self._group, name, self.arrays[name]))
+
+    def _symmetric(self, name: str) -> Tensor:
+        """Read from the lower-triangle chunks; the strict upper triangle is mirrored."""
+        array = schema.open_array(self._group, name, self.arrays[name])
+        try:
+            C = torch.empty(array.shape, dtype=schema.DTYPES[str(array.attrs["dtype"])])
+        except RuntimeError as error:
+            raise StoreError(f"{array.store_path} does not fit into memory: {array.nbytes / 1e9:,.0f} GB") from error
+        for a, b in schema.panels(array.shape[0]):
+            C[a:b, :b] = schema.read(array, (slice(a, b), slice(0, b)))
+            C[:a, a:b] = C[a:b, :a].T
+        return C
 
     def _need(self, kind: str, what: str) -> None:
         if self.kind != kind:
@@ -95,6 +130,10 @@ class Moments(Mapping[str, LayerMoment]):
         self._group = group
         self.sites: dict[str, list[str]] = attrs["sites"]
         self.skipped: dict[str, str] = attrs.get("skipped", {})
+        for site, layers in self.sites.items():
+            schema.check_name(site, "site")
+            for layer in layers:
+                schema.check_name(layer, "layer")
         self._site_of = {layer: site for site, layers in self.sites.items() for layer in layers}
 
     def __getitem__(self, layer: str) -> LayerMoment:
@@ -106,7 +145,7 @@ class Moments(Mapping[str, LayerMoment]):
         site = self._site_of[layer]
         try:
             return LayerMoment(layer, site, schema.child(self._group, site))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"the moments of {site} are missing or damaged: restore the store from a copy") from error
 
     def __contains__(self, layer: object) -> bool:
@@ -122,7 +161,18 @@ class Moments(Mapping[str, LayerMoment]):
 def begin_moments(root: zarr.Group, sites: Mapping[str, list[str]], skipped: Mapping[str, str]) -> None:
     """An empty /moments with the layers of every site, replacing what was there."""
     attrs = {"sites": {site: list(layers) for site, layers in sites.items()}, "skipped": dict(skipped)}
-    root.create_group("moments", overwrite=True, attributes=attrs)
+    root.create_group("moments", overwrite=True, attributes=schema.sealed(attrs))
+
+
+def skip_sites(root: zarr.Group, reasons: Mapping[str, str]) -> None:
+    """Take sites out of /moments and list their layers as skipped. reasons: site -> why it has no moments."""
+    if not reasons:
+        return
+    group = schema.child(root, "moments")
+    attrs = schema.attributes(group, {"sites": dict, "skipped": dict})
+    skipped = {layer: reason for site, reason in reasons.items() for layer in attrs["sites"][site]}
+    sites = {site: layers for site, layers in attrs["sites"].items() if site not in reasons}
+    schema.put_attributes(group, {**attrs, "sites": sites, "skipped": {**attrs["skipped"], **skipped}})
 
 
 def write_sites(root: zarr.Group, sites: Mapping[str, SiteData], dtype: str, skipped: Mapping[str, str]) -> None:
@@ -155,7 +205,8 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
                 schema.write(array, (slice(a, b), slice(0, b)), panel)
             hashes[path] = schema.content_hash(schema.as_stored(panel, dtype) for panel in value)
     members, content = data.members, schema.content_hash(f"{path} {hashes[path]}" for path in sorted(hashes))
-    target.attrs.put({"kind": data.kind, "members": members, "count": data.count, "hash": content, "arrays": hashes})
+    attrs = {"kind": data.kind, "members": members, "count": data.count, "hash": content, "arrays": hashes}
+    schema.put_attributes(target, attrs)
 
 
 def read_site(group: zarr.Group, site: str) -> SiteData:
@@ -166,15 +217,19 @@ def read_site(group: zarr.Group, site: str) -> SiteData:
         raise StoreError(f"{group.store_path}/{site} is missing or damaged: restore the store from a copy") from error
     attrs = schema.attributes(found, {"kind": str, "members": dict, "count": int, "arrays": dict})
     names = set(attrs["arrays"])
+    shapes = {layer: schema.check_shape(member.get("shape"), layer) for layer, member in attrs["members"].items()}
+    layouts = site_arrays(attrs["kind"], shapes) if shapes else {}  # the sums of a checkpoint name no members
+    if shapes and names != set(layouts):
+        raise StoreError(f"{found.store_path} does not hold the arrays of its kind: it is damaged")
 
     def vector(name: str) -> Tensor:
-        array = found[name]
-        return schema.read(schema.open_array(found, name, array.shape))  # type: ignore[union-attr]
+        layout = layouts.get(name) or schema.vector(schema.stored_shape(found, name)[0], *MOMENT_DTYPES)
+        return schema.read(schema.open_array(found, name, layout))
 
     def symmetric(name: str) -> list[Tensor]:
-        d = found[name].shape[0]  # type: ignore[union-attr]
-        array = schema.open_array(found, name, (d, d))
-        return [schema.read(array, (slice(a, b), slice(0, b))) for a, b in schema.panels(d)]
+        layout = layouts.get(name) or schema.symmetric(schema.stored_shape(found, name)[0], *MOMENT_DTYPES)
+        array = schema.open_array(found, name, layout)
+        return [schema.read(array, (slice(a, b), slice(0, b))) for a, b in schema.panels(layout.shape[0])]
 
     outputs = {name.split("/", 1)[1]: symmetric(name) for name in sorted(names) if name.startswith("output/")}
     return SiteData(
@@ -186,13 +241,3 @@ def read_site(group: zarr.Group, site: str) -> SiteData:
         diagonal=vector("diagonal") if "diagonal" in names else None,
         outputs=outputs or None,
     )
-
-
-def _read_symmetric(group: zarr.Group, path: str, d: int) -> Tensor:
-    """A (d, d) symmetric matrix from its lower-triangle chunks; the strict upper triangle is mirrored."""
-    array = schema.open_array(group, path, (d, d))
-    C = torch.empty(d, d, dtype=schema.DTYPES[str(array.attrs["dtype"])])
-    for a, b in schema.panels(d):
-        C[a:b, :b] = schema.read(array, (slice(a, b), slice(0, b)))
-        C[:a, a:b] = C[a:b, :a].T
-    return C

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,44 @@ import zarr
 from torch import Tensor
 from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.errors import BaseZarrError
-from zarr.storage import LocalStore
+from zarr.core.group import AsyncGroup
+from zarr.storage import LocalStore, StorePath
 
+from .documents import (
+    BF16_NAN,
+    DTYPES,
+    ChunkFiles,
+    Layout,
+    attributes,
+    check_name,
+    check_shape,
+    checked_array,
+    document,
+    fetch,
+    is_count,
+    put_attributes,
+    sealed,
+)
 from .errors import StoreError
+
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "SLAB",
+    "Layout",
+    "attributes",
+    "check_name",
+    "check_shape",
+    "fetch",
+    "is_count",
+    "put_attributes",
+    "sealed",
+]
 
 FORMAT = "prep"
 FORMAT_VERSION = 1
 SLAB = 64  # ranks per chunk of a basis
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_BF16_NAN = 0x7FC0
 
 
 def panels(d: int) -> list[tuple[int, int]]:
@@ -47,30 +75,60 @@ def panel_edge(d: int) -> int:
     return -(-d // count)
 
 
+def vector(d: int, *dtypes: str) -> Layout:
+    """An array (d,) in one chunk."""
+    return Layout((d,), (d,), dtypes)
+
+
+def symmetric(d: int, *dtypes: str) -> Layout:
+    """A (d, d) symmetric matrix: the chunks on and below the diagonal."""
+    return Layout((d, d), (panel_edge(d), panel_edge(d)), dtypes, lower=True)
+
+
 def open_group(
     location: str | Path | ZarrStore, mode: str = "r", attributes: dict[str, Any] | None = None
 ) -> zarr.Group:
     """The root group at a path, URL or zarr store, new with `attributes`; FileNotFoundError where there is none.
 
-    Only v3 metadata is asked for and consolidated metadata is not relied on: no v2 probe, no listing, nothing stale.
+    One file is read: no v2 probe, no listing, and consolidated metadata, which may be stale, is not looked at.
+    Raises ValueError where that file is no group's.
     """
-    if isinstance(location, (str, Path)) and "://" not in str(location):
-        location = LocalStore(Path(location), read_only=mode == "r")
+    store = zarr_store(location, mode == "r") if isinstance(location, (str, Path)) else location
+    if mode in ("r", "r+"):
+        return _group(StorePath(store))
     return zarr.open_group(
-        store=location,
+        store=store,
         mode=mode,  # type: ignore[arg-type]
         zarr_format=3,
-        use_consolidated=False,
-        attributes=attributes,
+        attributes=sealed(attributes or {}),
     )
 
 
+def zarr_store(location: str | Path, read_only: bool) -> ZarrStore:
+    """The files at a path or fsspec URL. StoreError where the URL's file system is not installed or not known."""
+    if not is_url(location):
+        return LocalStore(Path(location), read_only=read_only)
+    from .remote import url_store
+
+    return url_store(str(location), read_only)
+
+
+def is_url(location: str | Path) -> bool:
+    """True for `s3://...` and the like."""
+    return "://" in str(location)
+
+
 def child(group: zarr.Group, name: str) -> zarr.Group:
-    """A subgroup for reading and writing; KeyError where there is none."""
-    item = group[name]
-    if not isinstance(item, zarr.Group):
-        raise KeyError(name)
-    return item
+    """A subgroup for reading and writing; KeyError where there is none, ValueError where it is damaged."""
+    try:
+        return _group(group.store_path / name)
+    except FileNotFoundError as error:
+        raise KeyError(name) from error
+
+
+def _group(path: StorePath) -> zarr.Group:
+    attrs = document(path.store, path.path, "group").get("attributes", {})
+    return zarr.Group(AsyncGroup.from_dict(path, {"zarr_format": 3, "node_type": "group", "attributes": attrs}))
 
 
 def create_array(
@@ -83,7 +141,7 @@ def create_array(
         shape=shape,
         chunks=chunks,
         dtype="uint16" if bf16 else dtype,
-        fill_value=_BF16_NAN if bf16 else float("nan"),
+        fill_value=BF16_NAN if bf16 else float("nan"),
         serializer=BytesCodec(endian="little"),
         compressors=Crc32cCodec(),
         attributes={"dtype": dtype},
@@ -91,32 +149,35 @@ def create_array(
     )
 
 
-def open_array(group: zarr.Group, path: str, shape: tuple[int, ...]) -> zarr.Array:
-    """The array at `path`, of the shape the attributes promise; StoreError names what is damaged."""
-    where = f"{group.store_path}/{path}"
+def open_array(group: zarr.Group, path: str, layout: Layout) -> zarr.Array:
+    """The array at `path` for reading, of the layout that the attributes promise; StoreError names what is damaged."""
+    at = group.store_path / path
+    found, dtype = checked_array(at.store, at.path, layout)
+    return zarr.Array.from_dict(StorePath(ChunkFiles(at.store, layout.chunk_bytes(dtype)), at.path), found)
+
+
+def stored_shape(group: zarr.Group, path: str) -> tuple[int, ...]:
+    """The shape an array claims; StoreError where it is missing or damaged."""
+    at = group.store_path / path
     try:
-        array = group[path]
-    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, BaseZarrError) as error:
-        raise StoreError(f"{where} is missing or its metadata is damaged: restore the store from a copy") from error
-    if not isinstance(array, zarr.Array) or array.shape != shape:
-        raise StoreError(f"{where} is not an array of shape {shape}: the store is damaged")
-    if array.attrs.get("dtype") not in DTYPES or array.dtype != _storage_dtype(str(array.attrs["dtype"])):
-        raise StoreError(f"{where} has the dtype {array.dtype}, its attributes say {array.attrs.get('dtype')!r}")
-    return array
+        shape = document(at.store, at.path, "array")["shape"]
+        return tuple(int(size) for size in shape)
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{at} is missing or its metadata is damaged: restore the store from a copy") from error
 
 
 def read(array: zarr.Array, selection: Any = ...) -> Tensor:
     """A region of an array as a tensor of its own dtype; StoreError if a chunk is missing or fails its checksum."""
-    where = f"{array.store_path}"
+    where = str(array.store_path)
     try:
         values = np.asarray(array[selection])
-    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
         raise StoreError(f"{where} is damaged ({_first_line(error)}): restore the store from a copy") from error
     tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
     if array.attrs["dtype"] == "bfloat16":
         tensor = tensor.view(torch.bfloat16)
-    # a sum is NaN as soon as one term is, and needs no temporary; infinities of both signs are no finite data either
-    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+    # a sum is NaN or infinite as soon as one term is, and needs no temporary; it may also overflow
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise StoreError(f"{where} has a chunk that is missing or not finite: restore the store from a copy")
     return tensor
 
@@ -140,18 +201,20 @@ def content_hash(parts: Iterable[np.ndarray | str]) -> str:
     return digest.hexdigest()
 
 
-def attributes(group: zarr.Group, required: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """A group's attributes with the required ones present and of the right type; StoreError otherwise."""
-    attrs = dict(group.attrs)
-    for name, kind in required.items():
-        if not isinstance(attrs.get(name), kind):
-            raise StoreError(f"{group.store_path} lacks a valid attribute {name!r}: the store is damaged")
-    return attrs
+def remove_partial(root: zarr.Group) -> None:
+    """Remove the files that a killed process had begun to write. For the holder of the writer's lock."""
+    store = root.store
+    if isinstance(store, LocalStore):
+        for file in store.root.rglob("*.partial"):
+            file.unlink()
 
 
 @contextlib.contextmanager
 def disk_guard(location: str | Path, needed: int = 0) -> Iterator[None]:
     """Refuse to begin where `needed` bytes are not free, and turn a full disk into one line. Local paths only."""
+    if is_url(location):
+        yield
+        return
     path = Path(location)
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -164,10 +227,6 @@ def disk_guard(location: str | Path, needed: int = 0) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StoreError(f"the disk of {location} is full: make room and run the same command again") from error
-
-
-def _storage_dtype(dtype: str) -> np.dtype:
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def _first_line(error: BaseException) -> str:

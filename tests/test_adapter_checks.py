@@ -31,6 +31,7 @@ def store(tmp_path_factory):
         ({"rank": 25}, "rank 25 .* 1 to 24: .*prep decompose --name full --metric full .*--rank 25"),
         ({"rank": 0}, "rank 0"),
         ({"layers": "lm_head"}, "matches none .* such as model.layers.0.self_attn.q_proj"),
+        ({"layers": "("}, "is not a regular expression"),
         ({"core": "gian"}, "no core 'gian': choose from gain"),
         ({"core": "gain", "block": 4}, "no option 'block'"),
         ({"core": CORES["dplr"](), "k": 4}, "options belong to the instance"),

@@ -246,6 +246,8 @@ def test_a_rank_is_a_slice_and_clipped_per_layer(store):
         assert torch.equal(layer.U, bases[name].U[:, :r])
         assert torch.equal(layer.P, bases[name].P[:r])
         assert layer.core.g.shape == (r,)
+        assert layer.Ut.is_contiguous()
+        assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in (layer.Ut, layer.P))
     assert {len(layer.P) for layer in adapter.layers.values()} == {16, 20}
     assert "rank 16 to 20, 14 layers" in repr(adapter)
     assert adapter.trainable == 14 * 20 - 4 * 4

@@ -21,6 +21,8 @@ import prep
 from prep import StoreError
 from prep.cli import main
 from prep.preprocess import progress
+from prep.store import create_store
+from prep.store.schema import sealed
 
 COMMAND = [sys.executable, "-m", "prep.cli"]
 SHORT = ["--num-sequences", "8", "--seq-len", "16", "--batch-size", "4"]
@@ -88,7 +90,7 @@ def with_weight(made, target, layer, value):
 
 def set_attributes(store, **changes):
     head = json.loads(Path(store, "zarr.json").read_text())
-    head["attributes"] |= changes
+    head["attributes"] = sealed(head["attributes"] | changes)
     Path(store, "zarr.json").write_text(json.dumps(head))
 
 
@@ -369,6 +371,8 @@ def test_what_is_no_store_is_never_removed(made, here, options):
         for command in (covariance(made), ["decompose"]):
             line = refused(*command, *options, "--store", name, store=name)
             assert f"{name} is " in line and "not a prep store: name another --store" in line
+        with pytest.raises(StoreError, match="not a prep store"):
+            create_store(name, {})
     assert Path("file").read_text() == "x"
     assert Path("folder/precious.txt").read_text() == "x"
 
@@ -417,14 +421,14 @@ def test_a_disk_that_fills_up(made, disk, monkeypatch, free):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
 
     def ends(*arguments):
-        arguments = [*arguments, "--quiet", "--store", store]
+        command = [*arguments, "--quiet", "--store", store]
         (disk / "filler").write_bytes(bytes(4096 * max(0, os.statvfs(disk).f_bavail - free // 4)))
-        result = invoke(*arguments)
+        result = invoke(*command)
         assert isinstance(result.exception, SystemExit), repr(result.exception)
         assert (result.exit_code, result.stdout) == (2, "")
         assert re.fullmatch(rf"Error: the disk of {store} is full: make room and run .* again\n", result.stderr)
         (disk / "filler").unlink()
-        result = invoke(*arguments)
+        result = invoke(*command)
         assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
     ends(*covariance(made))
@@ -475,11 +479,15 @@ def test_damaged_bases_are_named(here, damage, array):
     DAMAGE[damage](chunk(f"prep.zarr/bases/full/32x48/{array}"))
     found = prep.open_store("prep.zarr").bases["full"]
     with pytest.raises(StoreError, match=rf"bases/full/32x48/{array} .*: restore the store from a copy"):
-        _ = found["model.layers.0.mlp.down_proj"]
+        _ = found["model.layers.0.mlp.down_proj"].spectrum
     assert found["model.layers.0.mlp.up_proj"].record.rank == 4
 
 
 def test_damaged_metadata_is_named(here):
+    def read_both():
+        store = prep.open_store("prep.zarr")
+        return store.moments[DOWN].second_moment, store.bases["full"]
+
     for file, message in [
         (f"moments/{DOWN}/second_moment/zarr.json", f"moments/{DOWN}/second_moment is missing or its metadata is dam"),
         (f"moments/{DOWN}/zarr.json", f"the moments of {DOWN} are missing or damaged"),
@@ -491,8 +499,7 @@ def test_damaged_metadata_is_named(here):
         for content in (raw[: len(raw) // 2], b""):
             Path("prep.zarr", file).write_bytes(content)
             with pytest.raises(StoreError, match=message):
-                store = prep.open_store("prep.zarr")
-                store.moments[DOWN].second_moment, store.bases["full"]
+                read_both()
         Path("prep.zarr", file).write_bytes(raw)
 
 

@@ -1,6 +1,7 @@
 """The calibration pass: moments against float64 sums over activations that other hooks kept, sites, padding, errors."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 import prep
 from prep import PrepError
-from prep.preprocess.corpus import CorpusOptions, load_corpus
 from prep.preprocess.calibration import calibrate
+from prep.preprocess.corpus import CorpusOptions, load_corpus
 from prep.preprocess.sites import find_sites, target_layers
 
 BATCHES = 52
@@ -22,12 +23,20 @@ MODELS = {"llama": lambda: tiny.llama(770), "gpt2": tiny.gpt2, "phi": tiny.phi, 
 
 # the members of every site of the first block, in call order
 SITES = {
-    "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
-    + [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
+    "llama": [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ],
     "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
     "phi": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"], ["self_attn.dense"], ["mlp.fc2"]],
-    "bert": [["attention.self.query", "attention.self.key", "attention.self.value"], ["attention.output.dense"]]
-    + [["intermediate.dense"], ["output.dense"]],
+    "bert": [
+        ["attention.self.query", "attention.self.key", "attention.self.value"],
+        ["attention.output.dense"],
+        ["intermediate.dense"],
+        ["output.dense"],
+    ],
 }
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "phi": "model.layers", "bert": "bert.encoder.layer"}
 
@@ -39,14 +48,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def calibrated(request, data, tmp_path_factory):
-    """A model, its activations in one run of `BATCHES` batches, and a function that gives the store of a moment kind."""
+    """A model, its activations in `BATCHES` batches, and a function that gives the store of a moment kind."""
     path = tmp_path_factory.mktemp(request.param)
     directory = tiny.save(MODELS[request.param](), path / "model")
     corpus = load_corpus(CorpusOptions(data, num_sequences=2 * BATCHES, seq_len=16), tiny.tokenizer())
     model = load(directory)
     batches = list(corpus.batches(2))
     assert len(batches) == BATCHES
-    stores: dict[str, prep.store.Store] = {}
+    stores = {}
 
     def store(moment):
         if moment not in stores:
@@ -58,7 +67,7 @@ def calibrated(request, data, tmp_path_factory):
 
 def load(directory, dtype=torch.float32):
     kinds = {"bert": AutoModelForMaskedLM, "roberta": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
-    config = json.loads((tiny.Path(directory) / "config.json").read_text())
+    config = json.loads((Path(directory) / "config.json").read_text())
     return kinds.get(config["model_type"], AutoModelForCausalLM).from_pretrained(directory, dtype=dtype).eval()
 
 
@@ -225,8 +234,8 @@ class Strange(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("early", "twin", "late", "twice", "idle"):
-            setattr(self, name, nn.Linear(6, 4, bias=name == "late"))
+        self.early, self.twin, self.twice, self.idle = (nn.Linear(6, 4, bias=False) for _ in range(4))
+        self.late = nn.Linear(6, 4)
         self.copies = False
 
     def forward(self, x):
@@ -284,7 +293,7 @@ def test_activations_that_are_not_finite_are_named_by_site_and_batch(strange, va
 
 @pytest.mark.parametrize("kind", ["full", "diagonal", "output"])
 def test_sums_that_overflow_are_an_error(strange, kind):
-    with pytest.raises(PrepError, match="second moment of early overflows float32: .*--dtype float64"):
+    with pytest.raises(PrepError, match=r"second moment of early overflows float32: .*--dtype float64"):
         run(strange, kind, [{"input_ids": strange.x * 1e25}])
 
 
@@ -299,14 +308,15 @@ def test_padding_may_hold_anything(strange):
 
 def test_target_layers_names_what_is_wrong():
     model = tiny.llama()
-    for options, message in [
+    wrong: list[tuple[dict, str]] = [
         ({"targets": ["nope"]}, "no layer matches --targets 'nope': LlamaForCausalLM has the linear layers model.lay"),
         ({"targets": ["norm$"]}, "matches model.norm, a LlamaRMSNorm, which is not a linear layer"),
         ({"targets": ["("]}, "'\\(' is not a regular expression"),
         ({"layers": "7"}, "no linear layer is left by --targets, --exclude and --layers"),
         ({"layers": "1-"}, "--layers '1-' is not a list of block numbers"),
         ({"exclude": ["."]}, "no linear layer is left"),
-    ]:
+    ]
+    for options, message in wrong:
         with pytest.raises(PrepError, match=message):
             target_layers(model, **options)
 

@@ -149,6 +149,14 @@ def test_in_bfloat16_the_residual_is_rounded_once(home, store, init, autocast):
         assert ((residual - exact).abs() <= allowed).all(), layer
 
 
+def test_in_bfloat16_dora_starts_with_the_norms_of_the_base(home, store):
+    """As its forward computes them in float32; norms rounded to bfloat16 are 2e-3 off."""
+    model = prep.peft.get_model(load(home, torch.bfloat16), store, "whitened", r=RANK, verify=False, use_dora=True)
+    for layer, (change, residual) in adapted(model).items():
+        magnitude = model.get_submodule(f"base_model.model.{layer}").lora_magnitude_vector["default"].weight
+        assert tiny.relative(magnitude.detach(), (residual + change).norm(dim=1).numpy()) < 1e-6
+
+
 def test_pissa_equals_pefts(home, store):
     ours = prep.peft.get_model(load(home), store, "pissa", r=RANK, lora_alpha=3)
     config = LoraConfig(r=RANK, lora_alpha=3, init_lora_weights="pissa", target_modules="all-linear")
@@ -229,6 +237,7 @@ def pefts_corda(home, **files):
 
 def largest_angle(one, other, layer):
     """Sine of the largest principal angle between the spaces of two B."""
+    layer = f"base_model.model.{layer}"
     Q, R = (np.linalg.qr(m.get_submodule(layer).lora_B["default"].weight.detach().double())[0] for m in (one, other))
     return np.linalg.norm(Q - R @ (R.T @ Q), 2)
 
@@ -239,7 +248,7 @@ def test_corda_on_pefts_covariance_is_pefts_corda(home, corda):
     ours = prep.peft.get_model(load(home), corda / "peft.zarr", "corda_ipm", r=RANK, lora_alpha=3)
     prep.export(corda / "peft.zarr", "peft-corda", corda / "ours.pt", rank=RANK)
     exported = pefts_corda(home, cache_file=corda / "ours.pt")
-    for layer in (name for name, module in theirs.named_modules() if hasattr(module, "lora_A")):
+    for layer in adapted(theirs):
         assert largest_angle(ours, theirs, layer) < 1e-3
         assert largest_angle(exported, theirs, layer) < 1e-3
     losses = train(theirs, 20)
@@ -269,7 +278,7 @@ def test_an_exported_covariance_gives_pefts_own_corda(home, store, tmp_path):
     theirs = pefts_corda(home, covariance_file=tmp_path / "c.pt")
     prep.decompose(store, for_="corda_ipm", damping=0.01, rank=16, name="damped", quiet=True)
     ours = prep.peft.get_model(load(home), store, "corda_ipm", r=RANK, lora_alpha=3, basis="damped")
-    for layer in (name for name, module in theirs.named_modules() if hasattr(module, "lora_A")):
+    for layer in adapted(theirs):
         assert largest_angle(ours, theirs, layer) < 1e-3
 
 
@@ -286,12 +295,17 @@ def test_whitened_has_at_most_the_output_error_of_pefts_corda(home, store, corda
 # EVA
 
 
+def rows_of(model, layer):
+    """A (rank, d_in) of a layer."""
+    return model.get_submodule(f"base_model.model.{layer}").lora_A["default"].weight.detach()
+
+
 def test_eva_components_are_those_of_incremental_pca(home, store):
     """Fed all tokens once with 2r components; the first r/2 agree."""
     seen = tiny.Activations(load(home), batches(home))
     model = prep.peft.get_model(load(home), store, "eva", r=RANK, eva_config=EvaConfig(rho=1.0))
     for layer in adapted(model):
-        A = model.get_submodule(f"base_model.model.{layer}").lora_A["default"].weight.detach()
+        A = rows_of(model, layer)
         pca = IncrementalPCA(n_components=2 * RANK, copy=True, lowrank=True, lowrank_seed=42)
         pca.partial_fit(torch.from_numpy(seen[layer]).float())
         cosine = nn.functional.cosine_similarity(A, pca.components_[: len(A)])
@@ -299,20 +313,24 @@ def test_eva_components_are_those_of_incremental_pca(home, store):
         assert cosine[: RANK // 2].min() > 0.999, layer
 
 
-@pytest.mark.parametrize("pattern", [{}, {"o_proj": 4, "gate_proj": 6, "v_proj": 2}])
+@pytest.mark.parametrize("pattern", [{}, {"o_proj": 4, "gate_proj": 6, "v_proj": 2}, {"q_proj": 1, "k_proj": 1}])
 def test_eva_redistributes_ranks_as_peft_does(home, store, pattern):
     (batch,) = batches(home)
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": pattern, "target_modules": "all-linear"}
     theirs = get_peft_model(load(home), LoraConfig(**config, init_lora_weights="eva", eva_config=EvaConfig(tau=0.9)))
     found = get_eva_state_dict(theirs, [batch], show_progress_bar=False)
-    wanted = {name: len(rows) for name, rows in found.items()}
-    initialize_lora_eva_weights(theirs, eva_state_dict=found)
+    wanted = {name.removeprefix("base_model.model."): len(rows) for name, rows in found.items()}
     ours = prep.peft.get_model(load(home), store, "eva", **config)
-    ranks = {name: module.r["default"] for name, module in ours.named_modules() if hasattr(module, "lora_A")}
-    assert ranks == {name: rank for name, rank in wanted.items() if rank}
+    ranks = {layer: len(rows_of(ours, layer)) for layer in adapted(ours)}
     assert len(set(ranks.values())) > 2
-    assert ours.peft_config["default"].rank_pattern == theirs.peft_config["default"].rank_pattern
-    assert ours.peft_config["default"].alpha_pattern == theirs.peft_config["default"].alpha_pattern
+    for site in open_store(store).moments.sites.values():  # which of equal inputs gets one more is arbitrary
+        assert sorted(ranks.get(x, 0) for x in site) == sorted(wanted[x] for x in site)
+
+
+def test_in_bfloat16_eva_trains_in_float32_whatever_its_ranks(home, store):
+    model = prep.peft.get_model(load(home, torch.bfloat16), store, "eva", r=RANK, verify=False)
+    assert len({module.r["default"] for module in model.modules() if hasattr(module, "lora_A")}) > 1
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 def test_an_exported_eva_dictionary_is_taken_without_a_warning(home, store, tmp_path):
@@ -332,7 +350,7 @@ def test_eva_whitening_divides_by_the_root_of_the_singular_values(home, store):
     seen = tiny.Activations(load(home), batches(home))
     model = prep.peft.get_model(load(home), store, "eva", r=4, eva_config=EvaConfig(rho=1.0, whiten=True))
     layer = "model.layers.1.mlp.down_proj"
-    A = model.get_submodule(f"base_model.model.{layer}").lora_A["default"].weight.detach()
+    A = rows_of(model, layer)
     values = np.linalg.svd(seen[layer] - seen[layer].mean(0), compute_uv=False)
     np.testing.assert_allclose(A.norm(dim=1), values[:4] ** -0.5, rtol=1e-4)
 
@@ -416,6 +434,7 @@ def test_what_save_writes(home, store, tmp_path):
     assert vars(model.peft_config["default"]) == before
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (2 * RANK, 8, True)
+    assert isinstance(config["lora_alpha"], int)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     prep.export(store, "peft-lora", tmp_path / "b", rank=RANK, lora_alpha=4)
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
@@ -430,6 +449,9 @@ def test_extra_trained_modules_and_biases_are_saved(home, store, tmp_path):
         prep.peft.save(model, tmp_path / as_, as_=as_)
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / as_)
         assert apart(logits(loaded), logits(model)) < 1e-5
+    assert set(load_file(tmp_path / "residual" / "base" / "model.safetensors")) == set(
+        load_file(home / "model" / "model.safetensors")
+    )
 
 
 def test_a_plain_save_is_refused_by_peft_and_can_be_rescued(home, store, tmp_path):

@@ -105,9 +105,10 @@ def test_import_prep_is_light():
 
 
 def test_reading_a_store_and_attaching_need_neither_transformers_nor_datasets(tmp_path):
-    make = f"from prep.store import create_store\ncreate_store({str(tmp_path / 's')!r}, dict(id='', model={{}}, status='complete'))"
-    read = f"import prep\nassert prep.open_store({str(tmp_path / 's')!r}).status == 'complete'\nprep.attach"
-    loaded = loaded_by(make + "\n" + read)
+    path = str(tmp_path / "s")
+    attrs = {"id": "0" * 32, "model": {"id": "m"}, "corpus": None, "options": None, "status": "complete"}
+    make = f"from prep.store import create_store\ncreate_store({path!r}, {attrs})\n"
+    loaded = loaded_by(f"{make}import prep\nassert prep.open_store({path!r}).status == 'complete'\nprep.attach")
     assert {"prep", "torch", "zarr"} <= loaded
     assert not loaded & {"transformers", "datasets", "peft", "click"}
 

@@ -2,13 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 SPECIAL = ["<pad>", "<unk>", "<end>"]
@@ -44,64 +51,42 @@ def write_data(path: Path, sentences: list[str]) -> str:
 
 # Models: two blocks, random biases (a fresh model has none that differ from zero), weights large enough to matter
 
-
-def llama(intermediate: int = 48, **settings) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": intermediate, "num_hidden_layers": 2, "vocab_size": SIZE}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return _settled(LlamaForCausalLM, LlamaConfig(**sizes, **heads, **_TOKENS, **settings))
+HIDDEN = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": SIZE}
-    return _settled(GPT2LMHeadModel, GPT2Config(**sizes, **_TOKENS))
+def llama(intermediate: int = 48) -> Any:
+    sizes = {**HIDDEN, "intermediate_size": intermediate, "num_key_value_heads": 2}
+    return _model(AutoModelForCausalLM, "llama", max_position_embeddings=64, **sizes)
 
 
-def phi() -> nn.Module:
-    from transformers import PhiConfig, PhiForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": SIZE}
-    return _settled(PhiForCausalLM, PhiConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, **_TOKENS))
+def gpt2() -> Any:
+    return _model(AutoModelForCausalLM, "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": SIZE}
-    return _settled(BertForMaskedLM, BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, **_TOKENS))
+def phi() -> Any:
+    return _model(AutoModelForCausalLM, "phi", max_position_embeddings=64, **HIDDEN)
 
 
-def opt() -> nn.Module:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": SIZE}
-    return _settled(OPTForCausalLM, OPTConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, **_TOKENS))
+def bert() -> Any:
+    return _model(AutoModelForMaskedLM, "bert", max_position_embeddings=64, **HIDDEN)
 
 
-def roberta() -> nn.Module:
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": SIZE}
-    heads = {"num_attention_heads": 4, "max_position_embeddings": 64}
-    return _settled(RobertaForMaskedLM, RobertaConfig(**sizes, **heads, **_TOKENS))
+def roberta() -> Any:
+    return _model(AutoModelForMaskedLM, "roberta", max_position_embeddings=64, **HIDDEN)
 
 
-def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": SIZE}
-    return _settled(T5ForConditionalGeneration, T5Config(**sizes, pad_token_id=0, eos_token_id=2))
+def opt() -> Any:
+    return _model(AutoModelForCausalLM, "opt", max_position_embeddings=64, word_embed_proj_dim=32, ffn_dim=48, **HIDDEN)
 
 
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+def t5() -> Any:
+    return _model(AutoModelForSeq2SeqLM, "t5", d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4)
 
 
-def _settled(kind: type[nn.Module], config) -> nn.Module:
+def _model(auto: Any, kind: str, **sizes: int) -> Any:
     torch.manual_seed(0)
-    model = kind(config).eval()
+    tokens = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    model = auto.from_config(AutoConfig.for_model(kind, **tokens, **sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -111,7 +96,7 @@ def _settled(kind: type[nn.Module], config) -> nn.Module:
     return model
 
 
-def save(model: nn.Module, path: Path, padding_side: str = "right") -> str:
+def save(model: Any, path: Path, padding_side: str = "right") -> str:
     """Model and tokenizer in a directory; its name."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -129,7 +114,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module).__name__ in ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear")
 
 
-def weight(module: nn.Module) -> np.ndarray:
+def weight(module: Any) -> np.ndarray:
     """W (d_out, d_in), float64."""
     W = module.weight.detach().double().numpy()
     return W.T if type(module).__name__ == "Conv1D" else W

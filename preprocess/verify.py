@@ -1,0 +1,34 @@
+"""`prep verify`: the store against itself (store/verify.py) and, if asked, against the weights it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..store import open_store
+from ..store.errors import PrepError
+from ..store.verify import Report, verify_store
+from ..store.weights import weight_matrix
+from . import models
+from .sites import target_layers
+
+
+def verify(
+    store: str | Path = "prep.zarr",
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Check every chunk, hash, shape and identity of a store; with `model` (path or hub id) its weights too.
+
+    The report's `findings` are empty for a whole store. Raises StoreError where there is no store to look at.
+    """
+    found = open_store(store)
+    if model is None:
+        return verify_store(found)
+    dtype = found.model.get("dtype")
+    if dtype not in models.DTYPES:
+        raise PrepError(f"{store} says its model had the dtype {dtype!r}: it is damaged")
+    net = models.load_model(model, revision=revision, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    layers = target_layers(net, targets=[".*"])  # a store may have been made of layers outside the blocks
+    return verify_store(found, {layer: weight_matrix(module) for layer, module in layers.items()})

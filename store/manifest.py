@@ -1,0 +1,58 @@
+"""What a store must consist of, by its own attributes: every group, array and file, found without a listing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .artifact import Store
+from .bases import BasisSet, group_key
+from .documents import Layout
+from .moments import LayerMoment
+
+
+def manifest(store: Store) -> dict[str, Layout | None]:
+    """Path -> layout of every array, None for a group; the root is "". StoreError where attributes are damaged.
+
+    Raises StoreError as well for a store or basis that is not complete: what it must hold is not known.
+    """
+    found: dict[str, Layout | None] = {"": None}
+    bases = store.bases
+    if store.corpus is not None:
+        moments = store.moments
+        found["moments"] = None
+        for layers in moments.sites.values():
+            found |= site_entries(moments[layers[0]])
+    if bases.names:
+        found["bases"] = None
+    for name in bases:
+        found |= basis_entries(bases[name])
+    return found
+
+
+def site_entries(moment: LayerMoment) -> dict[str, Layout | None]:
+    """The part of a manifest that is one site."""
+    top = f"moments/{moment.site}"
+    found: dict[str, Layout | None] = {top: None}
+    if moment.kind == "output":
+        found[f"{top}/output"] = None
+    return found | {f"{top}/{name}": layout for name, layout in moment.arrays.items()}
+
+
+def basis_entries(basis: BasisSet) -> dict[str, Layout | None]:
+    """The part of a manifest that is one basis."""
+    top = f"bases/{basis.name}"
+    found: dict[str, Layout | None] = {top: None}
+    for shape in basis.shapes:
+        found[f"{top}/{group_key(shape)}"] = None
+        found |= {f"{top}/{group_key(shape)}/{role}": layout for role, layout in basis.arrays(shape).items()}
+    return found
+
+
+def files(entries: dict[str, Layout | None]) -> Iterator[str]:
+    """The keys of all files, the root's zarr.json last: a copy that was cut short is no store."""
+    for path, layout in entries.items():
+        if path:
+            yield f"{path}/zarr.json"
+        if layout is not None:
+            yield from (f"{path}/{key}" for key in layout.chunk_keys())
+    yield "zarr.json"

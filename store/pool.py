@@ -1,0 +1,170 @@
+"""`prep pool`: the moments of several calibrations of one model as one, `C = sum w_i n_i C_i / sum w_i n_i`.
+
+n_i is the number of tokens of part i and w_i its weight (1 by default): with weights 1 the result is that of the joined
+corpus, with others a mixture in which each token of part i counts w_i times. The same holds for E[x], E[x_i^2] and
+E[y y^T]. One site of every part is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifact import Store, create_store, open_store
+from .checkpoint import finish
+from .errors import PrepError, StoreError
+from .lock import writer_lock
+from .moments import SiteData, begin_moments, read_site, write_site
+from .schema import child, content_hash, disk_guard, is_url
+
+
+def pool(
+    parts: Sequence[str | Path],
+    *,
+    store: str | Path,
+    weights: Sequence[float] | None = None,
+    overwrite: bool = False,
+    break_lock: bool = False,
+) -> Store:
+    """Combine the moments of `parts` (paths or URLs of two or more stores) into the new `store` and return it.
+
+    weights: one positive number per part. The parts must agree in model, weights, sites, moment kinds; their provenance
+    is kept in `corpus["parts"]`. A store that holds this very pool is returned as it is.
+
+    Raises PrepError for bad input, StoreError where the parts differ, which is named, or `store` holds something else.
+    """
+    weights = [1.0] * len(parts) if weights is None else [float(weight) for weight in weights]
+    if len(parts) < 2:
+        raise PrepError(f"{len(parts)} store to pool: name two or more")
+    if len(weights) != len(parts) or not all(0 < weight < float("inf") for weight in weights):
+        raise PrepError(f"--weights {','.join(f'{w:g}' for w in weights)}: give {len(parts)} positive numbers")
+    if any(str(part).rstrip("/") == str(store).rstrip("/") for part in parts):
+        raise PrepError(f"--store {store} is one of the parts: name a new one")
+    found = [open_store(part) for part in parts]
+    for other in found[1:]:
+        _compare(found[0], other)
+    attrs = _attributes(found, weights)
+    existing = _existing(store, attrs["id"], overwrite)
+    if existing is not None:
+        return existing
+    dtype = str(attrs["options"]["moment_dtype"])
+    sites = found[0].moments.sites
+    skipped = {layer: why for part in found for layer, why in part.moments.skipped.items()}
+    with disk_guard(store, _bytes(found[0], dtype)), writer_lock(store, break_lock):
+        root = create_store(store, attrs).root
+        begin_moments(root, sites, skipped)
+        target, sources = child(root, "moments"), [child(part.root, "moments") for part in found]
+        for site in sites:
+            write_site(target, site, _combined([read_site(source, site) for source in sources], weights), dtype)
+        finish(root, {"status": "complete"})
+    return open_store(store)
+
+
+def _combined(parts: list[SiteData], weights: Sequence[float]) -> SiteData:
+    """The moments of one site over all parts; their arrays are given up."""
+    total = sum(weight * part.count for part, weight in zip(parts, weights, strict=True))
+    shares = [weight * part.count / total if total else 0.0 for part, weight in zip(parts, weights, strict=True)]
+
+    def mix(values: list[Tensor]) -> Tensor:
+        out = torch.zeros_like(values[0], dtype=torch.float64)
+        for value, share in zip(values, shares, strict=True):
+            out.add_(value.double(), alpha=share)
+        return out
+
+    def mix_panels(panels: list[list[Tensor]]) -> list[Tensor]:
+        return [mix(list(rows)) for rows in zip(*panels, strict=True)]
+
+    first = parts[0]
+    return SiteData(
+        kind=first.kind,
+        members=first.members,
+        count=sum(part.count for part in parts),
+        mean=mix([part.mean for part in parts]),
+        second_moment=mix_panels([part.second_moment or [] for part in parts]) if first.second_moment else None,
+        diagonal=mix([_given(part.diagonal) for part in parts]) if first.diagonal is not None else None,
+        outputs={layer: mix_panels([(part.outputs or {})[layer] for part in parts]) for layer in first.outputs}
+        if first.outputs
+        else None,
+    )
+
+
+def _given(value: Tensor | None) -> Tensor:
+    assert value is not None  # the parts are of one kind
+    return value
+
+
+def _compare(one: Store, other: Store) -> None:
+    """StoreError that names the first difference which keeps two stores from being pooled."""
+
+    def refuse(what: str, a: object, b: object) -> None:
+        raise StoreError(f"{one.location} and {other.location} differ in {what} ({a} and {b}): they cannot be pooled")
+
+    for name in ("class", "config_hash", "dtype"):
+        if one.model.get(name) != other.model.get(name):
+            refuse(f"the model's {name}", one.model.get(name), other.model.get(name))
+    first, second = one.moments, other.moments
+    for layer in [*first, *second]:
+        if layer not in first or layer not in second:
+            refuse(f"their layers: only one has {layer}", f"{len(first)} layers", len(second))
+    for site, layers in first.sites.items():
+        if second.sites.get(site) != layers:
+            refuse(f"the layers that share the site {site}", layers, second.sites.get(site))
+        a, b = first[layers[0]], second[layers[0]]
+        if a.kind != b.kind:
+            refuse(f"the moment kind of {site}", a.kind, b.kind)
+        for layer in layers:
+            for name in ("shape", "weight_dtype", "weight_hash"):
+                if a.members[layer].get(name) != b.members[layer].get(name):
+                    refuse(f"the {name} of {layer}", a.members[layer].get(name), b.members[layer].get(name))
+
+
+def _attributes(found: Sequence[Store], weights: Sequence[float]) -> dict[str, Any]:
+    """The root attributes of the pool: what the parts have in common, and where each comes from."""
+    parts = [
+        {"id": part.id, "weight": weight, "corpus": part.corpus, "options": part.options}
+        for part, weight in zip(found, weights, strict=True)
+    ]
+    options = [part.options or {} for part in found]
+    common = {name: value for name, value in options[0].items() if all(other.get(name) == value for other in options)}
+    rounded = all(other.get("moment_dtype") == "float32" for other in options)
+    known = [[part["id"], part["weight"]] for part in parts]
+    return {
+        "model": found[0].model,
+        "corpus": {"parts": parts, "tokens": sum(int((part.corpus or {}).get("tokens", 0)) for part in found)},
+        "options": {**common, "moment_dtype": "float32" if rounded else "float64"},
+        "prep_version": found[0].attrs.get("prep_version"),
+        "id": content_hash(["pool", json.dumps(known)]),
+        "status": "incomplete",
+        "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
+    }
+
+
+def _existing(location: str | Path, wanted: str, overwrite: bool) -> Store | None:
+    """The store that is there if it is this very pool; an incomplete one of it is begun anew."""
+    try:
+        found = open_store(location)
+    except StoreError:
+        path = Path(location)
+        if not is_url(location) and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise
+        return None
+    if found.id == wanted and found.status == "complete":
+        return None if overwrite else found
+    if found.id != wanted and not overwrite:
+        raise StoreError(f"{location} holds something else: name another --store, or replace it with --overwrite")
+    return None
+
+
+def _bytes(store: Store, dtype: str) -> int:
+    """Of the pooled moments, symmetric matrices counted whole."""
+    moments = store.moments
+    layouts = [layout for layers in moments.sites.values() for layout in moments[layers[0]].arrays.values()]
+    return sum(math.prod(layout.shape) for layout in layouts) * (8 if dtype == "float64" else 4)

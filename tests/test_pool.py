@@ -1,0 +1,185 @@
+"""Pooling: the moments of two halves are those of the whole; weights make the mixture that they name."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import prep
+from prep import PrepError, StoreError
+from prep.preprocess.verify import verify
+from prep.store import open_store
+from prep.store.info import info, table
+from prep.store.pool import pool
+
+RUN = {"num_sequences": 8, "batch_size": 4, "quiet": True}
+DOWN = "model.layers.1.mlp.down_proj"
+KINDS = ("full", "diagonal", "output")
+
+
+def calibrate(model, path, sentences, **options):
+    path.mkdir(parents=True)
+    data = tiny.write_data(path / "text.jsonl", sentences)
+    return str(prep.covariance(model, data, store=path / "s", **{**RUN, **options}).location)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two texts of different lengths, each padded on its own and both together, for every moment kind."""
+    path = tmp_path_factory.mktemp("made")
+    model = tiny.save(tiny.llama(intermediate=80), path / "model")
+    short, long = tiny.texts(4, 3, 5, seed=1), tiny.texts(4, 9, 14, seed=2)
+    stores = {}
+    for kind in KINDS:
+        # in float64, as padding changes the rounding of a float32 forward
+        options = {"moment": kind, "pack": False, "seq_len": 16, "dtype": "float64"}
+        stores[kind] = SimpleNamespace(
+            a=calibrate(model, path / kind / "a", short, **options, num_sequences=4),
+            b=calibrate(model, path / kind / "b", long, **options, num_sequences=4),
+            whole=calibrate(model, path / kind / "whole", [*short, *long], **options),
+        )
+    return SimpleNamespace(path=path, model=model, **stores)
+
+
+def arrays(store, layer):
+    """What is stored of a layer's input or output, as float64."""
+    moment = open_store(store).moments[layer]
+    found = {"mean": moment.mean, "diagonal": moment.diagonal}
+    if moment.kind != "diagonal":
+        found["matrix"] = moment.second_moment if moment.kind == "full" else moment.output
+    return {name: value.double().numpy() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_halves_are_the_whole(made, tmp_path, kind):
+    one = getattr(made, kind)
+    pooled = pool([one.a, one.b], store=tmp_path / "c")
+    whole = open_store(one.whole)
+    assert dict(pooled.moments.sites) == dict(whole.moments.sites)
+    for layer in whole.moments:
+        assert pooled.moments[layer].count == whole.moments[layer].count
+        assert pooled.moments[layer].members == whole.moments[layer].members
+        got, wanted = arrays(tmp_path / "c", layer), arrays(one.whole, layer)
+        for name in wanted:
+            assert tiny.relative(got[name], wanted[name]) < 1e-9, (layer, name)
+    assert verify(tmp_path / "c").findings == []
+
+
+@pytest.mark.parametrize("weights", [None, (1, 2), (0.3, 0.7)])
+def test_the_formula(made, tmp_path, weights):
+    one = made.full
+    pool([one.a, one.b], store=tmp_path / "c", weights=weights)
+    w = weights or (1, 1)
+    counts = [open_store(part).moments[DOWN].count for part in (one.a, one.b)]
+    assert counts[0] != counts[1]
+    parts = [arrays(part, DOWN) for part in (one.a, one.b)]
+    for name, got in arrays(tmp_path / "c", DOWN).items():
+        total = w[0] * counts[0] + w[1] * counts[1]
+        wanted = (w[0] * counts[0] * parts[0][name] + w[1] * counts[1] * parts[1][name]) / total
+        np.testing.assert_allclose(got, wanted, rtol=1e-13, atol=1e-15)
+
+
+def test_pooling_is_associative_and_its_bases_agree(made, tmp_path):
+    """(a + b) + a is 2 a + b; a pool decomposes like any store."""
+    one = made.full
+    pool([one.a, one.b], store=tmp_path / "ab")
+    pool([tmp_path / "ab", one.a], store=tmp_path / "aba")
+    pool([one.a, one.b], store=tmp_path / "2ab", weights=[2, 1])
+    for name, got in arrays(tmp_path / "aba", DOWN).items():
+        np.testing.assert_allclose(got, arrays(tmp_path / "2ab", DOWN)[name], rtol=1e-12, atol=1e-14)
+    first, second = (prep.decompose(tmp_path / name, rank=4, quiet=True) for name in ("aba", "2ab"))
+    torch.testing.assert_close(first[DOWN].S, second[DOWN].S, rtol=1e-9, atol=0)
+
+
+def test_provenance_is_kept(made, tmp_path):
+    one = made.full
+    pooled = pool([one.a, one.b], store=tmp_path / "c", weights=[1, 2])
+    parts = pooled.corpus["parts"]
+    assert [part["weight"] for part in parts] == [1.0, 2.0]
+    assert [part["id"] for part in parts] == [open_store(path).id for path in (one.a, one.b)]
+    assert parts[0]["corpus"] == open_store(one.a).corpus
+    assert pooled.corpus["tokens"] == sum(open_store(path).corpus["tokens"] for path in (one.a, one.b))
+    assert pooled.model == open_store(one.a).model
+    assert pooled.status == "complete"
+    lines = table(info(pooled))
+    assert any(line.startswith("corpus   pool of 2 stores") for line in lines)
+    pool([tmp_path / "c", one.a], store=tmp_path / "nested")
+    assert any("1 x a pool" in line for line in table(info(open_store(tmp_path / "nested"))))
+
+
+def test_the_same_pool_is_not_made_twice(made, tmp_path):
+    one = made.full
+    pool([one.a, one.b], store=tmp_path / "c")
+    before = tiny.contents(tmp_path / "c")
+    pool([one.a, one.b], store=tmp_path / "c")
+    assert tiny.contents(tmp_path / "c") == before
+    with pytest.raises(StoreError, match="holds something else: name another --store, or replace it with --overwrite"):
+        pool([one.a, one.b], store=tmp_path / "c", weights=[1, 3])
+    assert tiny.contents(tmp_path / "c") == before
+    pool([one.a, one.b], store=tmp_path / "c", weights=[1, 3], overwrite=True)
+    assert [part["weight"] for part in open_store(tmp_path / "c").corpus["parts"]] == [1.0, 3.0]
+
+
+def test_what_is_no_store_is_not_replaced(made, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match="is not a prep store"):
+            pool([made.full.a, made.full.b], store=tmp_path / "folder", overwrite=overwrite)
+    assert (tmp_path / "folder" / "precious").read_text() == "x"
+
+
+def test_differences_are_named(made, tmp_path):
+    path, sentences, options = made.path / "others", tiny.texts(8), {"seq_len": 8, "dtype": "float64"}
+    other = tiny.llama(intermediate=80)
+    with torch.no_grad():
+        other.get_submodule(DOWN).weight[0, 0] += 1
+    weights = tiny.save(other, path / "weights")
+    wide = tiny.save(tiny.llama(intermediate=64), path / "wide")
+    cases = {
+        "the weight_hash of model.layers.1.mlp.down_proj": calibrate(weights, path / "w", sentences, **options),
+        "the model's config_hash": calibrate(wide, path / "c", sentences, **options),
+        "the model's dtype": calibrate(made.model, path / "d", sentences, seq_len=8),
+        "their layers: only one has model.layers.0": calibrate(
+            made.model, path / "l", sentences, **options, layers="1"
+        ),
+        "the moment kind of": made.diagonal.b,
+    }
+    for difference, part in cases.items():
+        with pytest.raises(StoreError, match=rf"differ in {difference}.*cannot be pooled"):
+            pool([made.full.a, part], store=tmp_path / "c")
+        assert not (tmp_path / "c").exists()
+
+
+def test_bad_input(made, tmp_path):
+    one, target = made.full, tmp_path / "c"
+    copy = shutil.copytree(one.a, tmp_path / "a")
+    for arguments, message in [
+        (([one.a],), "1 store to pool: name two or more"),
+        (([one.a, one.b], [1.0]), "--weights 1: give 2 positive numbers"),
+        (([one.a, one.b], [1.0, -1.0]), "--weights 1,-1: give 2 positive numbers"),
+        (([one.a, one.b], [1.0, float("inf")]), "give 2 positive numbers"),
+        (([one.a, tmp_path / "absent"],), "no store at"),
+    ]:
+        with pytest.raises(PrepError, match=message):
+            pool(arguments[0], store=target, weights=arguments[1] if len(arguments) > 1 else None)
+    with pytest.raises(PrepError, match="is one of the parts"):
+        pool([copy, one.b], store=copy, overwrite=True)
+    assert not target.exists()
+    assert tiny.contents(copy) == tiny.contents(one.a)
+
+
+def test_a_damaged_part_makes_no_pool(made, tmp_path):
+    copy = shutil.copytree(made.full.a, tmp_path / "a")
+    site = open_store(copy).moments[DOWN].site
+    (copy / "moments" / site / "second_moment" / "c" / "0" / "0").unlink()
+    with pytest.raises(StoreError, match=rf"moments/{site}/second_moment"):
+        pool([copy, made.full.b], store=tmp_path / "c")
+    with pytest.raises(StoreError, match="is not complete"):
+        _ = open_store(tmp_path / "c").moments
+    shutil.rmtree(copy)
+    shutil.copytree(made.full.a, copy)
+    assert len(pool([copy, made.full.b], store=tmp_path / "c").moments) == 14
