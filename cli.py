@@ -96,8 +96,14 @@ _DTYPES = click.Choice(["auto", "float32", "float64", "bfloat16", "float16"])
 )
 @click.option("--device", help="Device of the model.  [default: cuda where there is one]")
 @click.option("--device-map", help="Spread the model over devices (accelerate), such as auto.")
+@click.option(
+    "--compat",
+    type=click.Choice(["peft-corda"]),
+    help="peft-corda: sequences divided by their maximum, padding counted, as PEFT's preprocess_corda does.",
+)
 @click.option("--memory-budget", default="8GB", help="For the accumulators; above it, several passes are made.")
 @click.option("--checkpoint-every", default="60s", help="How often the state of an unfinished run is stored.")
+@click.option("--dry-run", is_flag=True, help="Print memory, disk and time from one batch per pass; store nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
 @click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
@@ -112,15 +118,21 @@ def covariance(store: str, quiet: bool, memory_budget: str, checkpoint_every: st
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
     """
     from .preprocess.covariance import covariance as run
+    from .preprocess.estimate import Estimate, lines
     from .preprocess.plan import parse_seconds, parse_size
+    from .store.info import skipped_lines
 
     options |= {"memory_budget": parse_size(memory_budget), "checkpoint_every": parse_seconds(checkpoint_every)}
     found = run(store=store, quiet=quiet, **options)
+    if isinstance(found, Estimate):
+        for line in lines(found):
+            click.echo(line)
+        return
     moments = found.moments
     tokens = found.corpus["tokens"] if found.corpus else 0
     _say(quiet, f"{store}: {len(moments)} layers, {len(moments.sites)} sites, {tokens:,} tokens")
-    for layer, reason in moments.skipped.items():
-        _say(quiet, f"skipped {layer}: {reason}")
+    for line in skipped_lines(moments.skipped):
+        _say(quiet, f"skipped {line}")
     _say(quiet, f"next: prep decompose{_store_option(store)}")
 
 

@@ -63,9 +63,7 @@ def main() -> None:
         ratio = value / seconds["safetensors"]
         print(f"{name:22}{value:8.3f} s  {ratio:6.1f} x safetensors  ({drop} of {options.rounds} samples under load)")
     if options.peft_seconds:
-        print(
-            f"PEFT computes anew    {options.peft_seconds:8.1f} s  {options.peft_seconds / seconds['attach']:6.0f} x attach"
-        )
+        print(f"PEFT anew   {options.peft_seconds:8.1f} s  {options.peft_seconds / seconds['attach']:6.0f} x attach")
     if options.json:
         options.json.write_text(json.dumps({"seconds": seconds, "megabytes": size}, indent=2) + "\n")
 

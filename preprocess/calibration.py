@@ -58,16 +58,17 @@ def run_pass(
     first: int = 0,
     whole: bool = True,
     masks: Masks = text_masks,
+    compat: str | None = None,
 ) -> None:
     """Run `forward` over `batches` and add every site's moments to `totals`.
 
     batches: numbered from `first`. masks(batch): masks (B, T), zero on padding, by the name a site has for its own; no
     mask, no padding. after(number, batch) is called when a batch is done. whole: False ends each forward at the last of
     `sites`, which are in call order. PrepError for NaN or infinite activations, and where padding cannot be told from
-    tokens; the hooks are removed in any case.
+    tokens; the hooks are removed in any case. compat: "peft-corda" for PEFT's sums (see `scaled_by_sequence`).
     """
     state = _Batch()
-    handles = [handle for site in sites for handle in _hook(site, layers, totals[site.name], state)]
+    handles = [handle for site in sites for handle in _hook(site, layers, totals[site.name], state, compat)]
     owners = {home(layers[site.name]): site.mask for site in sites if site.routed}
     handles += on_real_rows(owners, lambda owner: state.masks.get(owners[owner], (None, 0)))
     if not whole:
@@ -178,7 +179,9 @@ class _Batch:
         )
 
 
-def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state: _Batch) -> list[Any]:
+def _hook(
+    site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state: _Batch, compat: str | None = None
+) -> list[Any]:
     """Hooks of one site: the first member's input is accumulated, the others must be handed the same tensor."""
     shared: list[tuple[Tensor, int]] = []
     leader, last = site.members[0], site.members[-1]
@@ -186,7 +189,10 @@ def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state
     def take(member: str, args: tuple, kwargs: dict) -> None:
         x = layer_input(args, kwargs)
         if member == leader:
-            total.add_input(state.real(x, site), state.number)
+            if compat == "peft-corda":
+                total.add_input(scaled_by_sequence(x), state.number, count=len(x))
+            else:
+                total.add_input(state.real(x, site), state.number)
             shared[:] = [(x, x._version)]
         elif not shared or x is not shared[0][0] or x._version != shared[0][1]:
             raise PrepError(
@@ -212,6 +218,15 @@ def _hook(site: Site, layers: Mapping[str, nn.Module], total: SiteMoments, state
             post = lambda m, args, kwargs, y, member=member: take_output(member, m, args, kwargs, y)  # noqa: E731
             handles.append(layers[member].register_forward_hook(post, with_kwargs=True))
     return handles
+
+
+def scaled_by_sequence(x: Tensor) -> Tensor:
+    """PEFT's `preprocess_corda`: x (B, T, d) -> (B T, d), each sequence divided by |max x|, padding included.
+
+    It counts sequences, not tokens: its C is the sum of X^T X over sequences, divided by their number.
+    """
+    x = x.detach().float()
+    return (x / x.flatten(1).amax(1).abs()[:, None, None]).flatten(0, 1)
 
 
 def _stop(*_: object) -> None:

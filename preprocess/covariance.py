@@ -24,6 +24,7 @@ from ..store.schema import content_hash, disk_guard
 from . import models
 from .calibration import Batch, accumulators, evaluating, run_pass
 from .corpus import Corpus, CorpusOptions, load_corpus
+from .estimate import Estimate, estimate
 from .methods import MOMENT_KINDS, one_of
 from .moments import SiteMoments, moment_kind
 from .plan import make_plan
@@ -59,13 +60,15 @@ def covariance(
     dtype: str = "auto",
     device: str | None = None,
     device_map: str | None = None,
+    compat: str | None = None,
     memory_budget: int = 8_000_000_000,
     checkpoint_every: float = 60.0,
     overwrite: bool = False,
     break_lock: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> Store:
+    dry_run: bool = False,
+) -> Store | Estimate:
     """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
 
     model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
@@ -76,11 +79,18 @@ def covariance(
     batches, is refused unless `overwrite`. Accumulators beyond `memory_budget` bytes are made in several passes; the
     state is stored every `checkpoint_every` seconds and on SIGINT and SIGTERM, and nothing before; not with `batches`.
 
+    compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
+    the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.
+
     Raises PrepError for bad input and StoreError where the store holds something else.
     """
     one_of("--moment", moment, (*MOMENT_KINDS, "auto"))
     one_of("--moment-dtype", moment_dtype, ("float64", "float32"))
     one_of("--dtype", dtype, ("auto", *models.DTYPES))
+    if compat is not None:
+        one_of("--compat", compat, ("peft-corda",))
+        if moment != "full" or not isinstance(model, str):
+            raise PrepError("--compat peft-corda needs --moment full and a model by path or hub id")
     loading = {"revision": revision, "device_map": device_map, "trust_remote_code": trust_remote_code}
     _check_inputs(model, data, batches, mask, {**loading, "dtype": dtype != "auto", "device": device})
     options: dict[str, Any] = {
@@ -90,6 +100,7 @@ def covariance(
         "moment": moment,
         "moment_dtype": moment_dtype,
         "dtype": dtype,
+        "compat": compat,
     }
     if isinstance(model, str):
         model_id: str | None = models.absolute_if_local(model)
@@ -120,7 +131,7 @@ def covariance(
         "corpus": stream.about,
         "options": options,
     }
-    existing = _existing(store, wanted, overwrite, quiet)
+    existing = None if dry_run else _existing(store, wanted, overwrite, quiet)
     if existing is not None and existing.status == "complete" and existing.corpus is not None:
         return existing
 
@@ -153,6 +164,11 @@ def covariance(
             "give batches= as a list or a DataLoader, or raise memory_budget"
         )
 
+    if dry_run:
+        if not isinstance(stream, Text):
+            raise PrepError("dry_run= needs data=, whose size is known")
+        return estimate(layers_by_name, kinds, plan, forward, stream, moment_dtype)
+
     attrs = {
         **wanted,
         "model": models.describe(net, model_id, revision),
@@ -181,7 +197,8 @@ def covariance(
                     recovery.batch_done(number + 1, totals)
 
                 whole = len(plan.passes) == 1
-                run_pass(layers_by_name, part, totals, forward, stream.read(first), after, first, whole, stream.masks)
+                given = stream.read(first)
+                run_pass(layers_by_name, part, totals, forward, given, after, first, whole, stream.masks, compat)
                 tokens = max([tokens, *(total.count for total in totals.values())])
                 recovery.part_done(part, totals, layers_by_name, moment_dtype)
         corpus = {"tokens": tokens, **stream.about}

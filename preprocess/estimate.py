@@ -19,9 +19,9 @@ from zarr.storage import MemoryStore
 
 from ..store import write_site
 from .calibration import Forward, accumulators, run_pass, site_members
-from .corpus import Corpus
 from .moments import site_elements
 from .plan import Plan
+from .stream import Text
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ def estimate(
     kinds: Mapping[str, str],
     plan: Plan,
     forward: Forward,
-    corpus: Corpus,
-    batch_size: int,
+    stream: Text,
     moment_dtype: str,
 ) -> Estimate:
     """Run the first batch through every pass, twice, and extrapolate. Nothing is stored."""
     seconds = 0.0
-    batches = len(corpus.sequences) / batch_size
+    batches = len(stream.corpus.sequences) / stream.batch_size
+    first = next(stream.read())
     for part in plan.passes:
         totals = accumulators(part, kinds)
         for attempt in range(2):  # the first one also pays for fresh memory and for the libraries' start
             begun = time.monotonic()
-            run_pass(layers, part, totals, forward, [next(corpus.batches(batch_size))], whole=len(plan.passes) == 1)
+            run_pass(layers, part, totals, forward, [first], whole=len(plan.passes) == 1, masks=stream.masks)
             if attempt:
                 seconds += (time.monotonic() - begun) * batches
         seen = [site for site in part if totals[site.name].count]  # one batch need not reach every expert
@@ -79,7 +79,7 @@ def estimate(
     return Estimate(
         layers=sum(len(site.members) for site in sites),
         sites=len(sites),
-        tokens=corpus.tokens,
+        tokens=stream.total,
         passes=len(plan.passes),
         accumulators=plan.memory,
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),

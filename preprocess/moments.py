@@ -46,8 +46,8 @@ class SiteMoments:
         self.second = GramSum(d_in) if kind == "full" else None
         self.outputs = {layer: GramSum(d_out) for layer, d_out in outputs.items()} if kind == "output" else {}
 
-    def add_input(self, X: Tensor, batch: int) -> None:
-        """Add the real tokens X (n, d_in) of one batch. PrepError if one is NaN or infinite."""
+    def add_input(self, X: Tensor, batch: int, count: int | None = None) -> None:
+        """Add the real tokens X (n, d_in) of one batch, counted as n or `count`. PrepError for NaN or infinite ones."""
         X = X if X.dtype == torch.float64 else X.float()
         total = X.sum(0).cpu()
         if not torch.isfinite(total).all():
@@ -55,7 +55,7 @@ class SiteMoments:
                 f"the input of {self.name} is NaN or infinite in batch {batch}: "
                 "try --dtype float32, or look at the data"
             )
-        self.count += X.shape[0]
+        self.count += X.shape[0] if count is None else count
         self.sum_x.add_(total)
         if self.second is not None:
             self.second.add(X)

@@ -12,10 +12,11 @@ import pyarrow.parquet
 import pytest
 import torch
 import xxhash
-from prep import PrepError
-from prep.preprocess.corpus import CorpusOptions, load_corpus
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from prep import PrepError
+from prep.preprocess.corpus import CorpusOptions, load_corpus
 
 WORDS = [f"w{i}" for i in range(200)]
 VOCABULARY = {

@@ -257,6 +257,22 @@ def test_corda_on_pefts_covariance_is_pefts_corda(home, corda):
     np.testing.assert_allclose(train(exported, 20), losses, rtol=1e-4)
 
 
+def test_compat_calibrates_as_peft_does(home, corda, tmp_path):
+    """`--compat peft-corda`: PEFT's covariance, its spaces and its training, from our own pass in batches of 8."""
+    data = str(home / "text.jsonl")
+    options = {"num_sequences": 60, "seq_len": 16, "batch_size": 8, "compat": "peft-corda", "quiet": True}
+    store = prep.covariance(str(home / "model"), data, store=tmp_path / "c.zarr", **options)
+    for layer, C in torch.load(corda / "covariance.pt").items():
+        assert apart(store.moments[layer].second_moment, C.double()) < 1e-5
+        assert store.moments[layer].count == 60
+    prep.decompose(tmp_path / "c.zarr", for_="corda_ipm", damping=0.01, rank=16, quiet=True)
+    theirs = pefts_corda(home, cache_file=corda / "cache.pt")
+    ours = prep.peft.get_model(load(home), tmp_path / "c.zarr", "corda_ipm", r=RANK, lora_alpha=3)
+    for layer in adapted(theirs):
+        assert largest_angle(ours, theirs, layer) < 1e-3
+    np.testing.assert_allclose(train(ours, 20), train(theirs, 20), rtol=1e-4)
+
+
 @pytest.mark.parametrize("init", ["corda_ipm", "corda_kpm"])
 def test_an_exported_cache_is_what_get_model_starts_from(home, store, tmp_path, init):
     prep.export(store, "peft-corda", tmp_path / "cache.pt", basis=INITS[init], rank=RANK)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import workers
-from test_integrity import everything, files, flip
+from test_integrity import RUN, everything, files, flip
 from workers import one_thread  # noqa: F401
 
 import prep
@@ -39,7 +39,7 @@ def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made")
     model = tiny.save(tiny.llama(), path / "model")
     data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "prep.zarr", num_sequences=8, seq_len=16, batch_size=4, quiet=True)
+    prep.covariance(model, data, store=path / "prep.zarr", layers="1", **RUN)
     prep.decompose(path / "prep.zarr", rank=8, quiet=True)
     prep.decompose(path / "prep.zarr", for_="pissa", rank=8, quiet=True)
     return SimpleNamespace(path=path, model=model, data=data, store=path / "prep.zarr", build=tiny.llama)
@@ -183,7 +183,7 @@ def test_memory_urls(made):
 
 def test_verify_and_pool_read_from_urls(made, server, tmp_path):
     report = verify(server.url, model=made.model)
-    assert (report.findings, report.bases, report.weights) == ([], 2, 14 * 3)
+    assert (report.findings, report.bases, report.weights) == ([], 2, 7 * 3)
     pooled = pool([server.url, made.store], store=tmp_path / "c")
     layer = next(iter(pooled.moments))
     torch.testing.assert_close(pooled.moments[layer].mean, open_store(made.store).moments[layer].mean)
@@ -296,6 +296,6 @@ def test_a_connection_that_breaks_is_no_damage(made, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/prep.zarr"
     with pytest.raises(StoreError, match=r"mean/c/0 cannot be read \(503.*check path, permission and connection"):
-        _ = open_store(url).moments["model.layers.0.mlp.down_proj"].mean
+        _ = open_store(url).moments["model.layers.1.mlp.down_proj"].mean
     server.shutdown()
     server.server_close()

@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.linalg
+from threadpoolctl import threadpool_limits
+
 from prep import PrepError
 from prep.preprocess import solvers
 from prep.preprocess.methods import PUBLISHED, Method, basis_name, check
 from prep.preprocess.whitening import Moment, WhitenedSVD, whitened_svd
-from threadpoolctl import threadpool_limits
 
 
 @pytest.fixture(autouse=True)

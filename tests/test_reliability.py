@@ -1,0 +1,232 @@
+"""Interruptions: processes killed at any instant, two writers at once, full disks. Nothing is lost or wrong."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import time
+from types import SimpleNamespace
+
+import kills
+import pytest
+import tiny
+import torch
+
+import prep
+from prep import StoreError
+from prep.preprocess.verify import verify
+from prep.store import open_store
+from prep.store.checkpoint import read_checkpoint, write_checkpoint
+from prep.store.lock import writer_lock
+
+BATCHES = 10
+PAUSE = 0.05  # seconds after every batch and layer, so that there is time to be killed in
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, text, and the stores of runs that nothing interrupted; how long the commands take with their pauses."""
+    path = tmp_path_factory.mktemp("made")
+    model = tiny.save(tiny.llama(), path / "model")
+    data = tiny.write_data(path / "text.jsonl", tiny.texts(200))
+    options = {"model": model, "data": data, "num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
+    options |= {"checkpoint_every": 0.02, "memory_budget": 120_000, "quiet": False}
+    seconds = {}
+    for name, extra in (("covariance", options), ("decompose", {"rank": 4})):
+        if name == "decompose":
+            shutil.copytree(path / "covariance", path / name)
+        begun, said = time.monotonic(), path / f"said {name}"
+        code, work = kills.run(getattr(kills, name), {**extra, "store": path / name}, PAUSE, said, once_at_work=True)
+        assert code == 0, said.read_text()
+        seconds[name] = time.monotonic() - begun, work
+    return SimpleNamespace(path=path, options=options, seconds=seconds)
+
+
+def without_run(path):
+    """Every file, the root's metadata as its attributes without `run`."""
+    found = tiny.contents(path)
+    found.pop("zarr.json")
+    attrs = {name: value for name, value in open_store(path).attrs.items() if name != "run"}
+    return found, attrs
+
+
+def state(path):
+    """(pass, batches) of the checkpoint, which must be readable; (0, 0) before the first, (99, 0) at the end."""
+    if not (path / "zarr.json").exists():
+        return 0, 0
+    found = open_store(path)
+    if found.status == "complete":
+        return 99, 0
+    checkpoint = read_checkpoint(found.root)
+    return (checkpoint[0]["part"], checkpoint[0]["batches"]) if checkpoint else (0, 0)
+
+
+def killed_until_done(made, path, name, count, seed):
+    """Kill a command `count` times at random instants, starting it again each time, then let it end.
+
+    The instants are drawn from its whole life and from its working hours in turn. Returns for every start what was on
+    disk and what the command said.
+    """
+    draw, run = random.Random(seed), getattr(kills, name)
+    extra = made.options if name == "covariance" else {"rank": 4}
+    starts = []
+    for i in range(count + 1):
+        last, said, before = i == count, path.parent / f"said{i}", state(path)
+        after = None if last else draw.uniform(0, made.seconds[name][1 - i % 2])
+        code, _ = kills.run(run, {**extra, "store": path}, PAUSE, said, after, once_at_work=i % 2 == 0)
+        starts.append((before, said.read_text() if said.exists() else ""))
+        assert code == 0 if last else code in (0, -9), starts[-1]
+        assert state(path) >= before
+    return starts
+
+
+def covariance_survives(made, tmp_path, count):
+    store = tmp_path / "s"
+    resumed = 0
+    for before, said in killed_until_done(made, store, "covariance", count, seed=1):
+        found = re.search(r"resumed in pass (\d+) after (\d+) batches", said)
+        if found:  # it begins exactly at the state that was on disk: nothing of it is computed again
+            assert (int(found[1]) - 1, int(found[2])) == before
+            resumed += 1
+    assert resumed
+    assert without_run(store) == without_run(made.path / "covariance")
+    assert verify(store).findings == []
+
+
+def decompose_survives(made, tmp_path, count):
+    store = shutil.copytree(made.path / "covariance", tmp_path / "s")
+    said = "".join(said for _, said in killed_until_done(made, store, "decompose", count, seed=1))
+    done = [int(number) for number in re.findall(r"resumed after (\d+) of 14 layers", said)]
+    assert done and done == sorted(done)
+    assert without_run(store) == without_run(made.path / "decompose")
+    assert verify(store).findings == []
+
+
+def test_covariance_killed_3_times(made, tmp_path):
+    covariance_survives(made, tmp_path, 3)
+
+
+def test_decompose_killed_3_times(made, tmp_path):
+    decompose_survives(made, tmp_path, 3)
+
+
+@pytest.mark.stress
+def test_covariance_killed_30_times(made, tmp_path):
+    covariance_survives(made, tmp_path, 30)
+
+
+@pytest.mark.stress
+def test_decompose_killed_30_times(made, tmp_path):
+    decompose_survives(made, tmp_path, 30)
+
+
+# Two writers
+
+
+def test_two_writers_at_once(made, tmp_path):
+    """One wins; the other gets the line that names the owner; the store is that of one run."""
+    store = tmp_path / "s"
+    options = {**made.options, "store": store}
+    processes = [kills.start(kills.covariance, options, 0.05, tmp_path / f"said{i}") for i in range(2)]
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode for process in processes) == [0, 2]
+    said = "".join((tmp_path / f"said{i}").read_text() for i in range(2))
+    assert re.search(
+        rf"Error: {store} is being written by process \d+ on \S+ for \d+ s: wait for it, or --break-lock", said
+    )
+    assert without_run(store) == without_run(made.path / "covariance")
+    assert not (tmp_path / "s.lock").exists()
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
+    store = tmp_path / "s"
+    with writer_lock(store):
+        with pytest.raises(StoreError, match=rf"is being written by process {os.getpid()} on"), writer_lock(store):
+            pass
+        with writer_lock(store, break_lock=True):
+            pass
+    (tmp_path / "s.lock").write_text('{"host": "elsewhere", "pid": 1, "since": 0}')
+    with writer_lock(store):
+        assert (tmp_path / "s.lock").exists()
+    assert not (tmp_path / "s.lock").exists()
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
+    """Whatever fails while the second state is written, the first one is there."""
+    from prep.preprocess.calibration import accumulators
+    from prep.preprocess.sites import Site
+    from prep.store import schema
+
+    site = Site("a", ("a",), ((8, 16),))
+    totals = accumulators([site], {"a": "full"})
+    root = prep.store.create_store(tmp_path / "s", {"id": "", "model": {}, "status": "incomplete"}).root
+    draw = torch.Generator().manual_seed(0)
+    totals["a"].add_input(torch.randn(5, 16, generator=draw), 0)
+    write_checkpoint(root, {"a": totals["a"].sums()}, {"part": 0, "batches": 1})
+    before = [panel.clone() for panel in totals["a"].sums().second_moment]
+    totals["a"].add_input(torch.randn(5, 16, generator=draw), 1)
+    for step in range(1, 6):
+        calls = []
+        for name in ("write", "create_array", "put_attributes"):
+            real = getattr(schema, name)
+
+            def breaks(*arguments, real=real, calls=calls, step=step):
+                calls.append(1)
+                if len(calls) == step:
+                    raise OSError("gone")
+                return real(*arguments)
+
+            monkeypatch.setattr(schema, name, breaks)
+        with pytest.raises(OSError, match="gone"):
+            write_checkpoint(root, {"a": totals["a"].sums()}, {"part": 0, "batches": 2})
+        monkeypatch.undo()
+        where, sums = read_checkpoint(open_store(tmp_path / "s").root)
+        assert where["batches"] == 1
+        assert all(torch.equal(a, b) for a, b in zip(sums["a"].second_moment, before, strict=True))
+    write_checkpoint(root, {"a": totals["a"].sums()}, {"part": 0, "batches": 2})
+    where, sums = read_checkpoint(open_store(tmp_path / "s").root)
+    assert where["batches"] == 2 and sums["a"].count == 10
+
+
+# Full disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("free", [0, 12, 24, 48, 72, 96, 128, 192, 256, 320])
+def test_a_disk_that_is_full(made, disk, monkeypatch, free):
+    """With `free` kB left a command ends in one line or has done its work; with room it ends as if nothing had been."""
+    usage, store = shutil.disk_usage(disk), disk / "s"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)  # the check beforehand would see it
+
+    def ends(command, **options):
+        (disk / "filler").write_bytes(bytes(4096 * max(0, os.statvfs(disk).f_bavail - free // 4)))
+        line = ""
+        try:
+            command(store=store, **options)
+        except StoreError as error:
+            line = str(error)
+        assert line in ("", f"the disk of {store} is full: make room and run the same command again")
+        (disk / "filler").unlink()
+        command(store=store, **options)
+
+    ends(prep.covariance, **{**made.options, "checkpoint_every": 0.0, "quiet": True})
+    assert without_run(store) == without_run(made.path / "covariance")
+    ends(prep.decompose, rank=4, quiet=True)
+    assert without_run(store) == without_run(made.path / "decompose")
+    assert verify(store).findings == []
