@@ -27,13 +27,15 @@ _EXPORTS = {
     "export": ".adapters.exports",
 }
 
+_MODULES = ("testing", "peft")
+
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         module = import_module(_EXPORTS[name], __name__)
-        return getattr(module, name, module)
+        return module if name in _MODULES else getattr(module, name)
     raise AttributeError(f"module 'prep' has no attribute {name!r}")
 
 

@@ -1,23 +1,18 @@
-"""`prep decompose`: the whitened SVD of every layer of a store, on worker threads with one BLAS thread each.
+"""`prep decompose`: the whitened SVD of every layer of a store.
 
 Moments are read once per site, the numerics are whitening.py's; this file moves the data and keeps the records.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from .. import __version__
@@ -31,7 +26,8 @@ from .experts import expert_layers
 from .methods import Method, basis_name, check, method_for, one_of
 from .progress import Progress, say
 from .sites import target_layers
-from .whitening import Moment, WhitenedSVD, spectrum_size, whitened_svd
+from .whitening import WhitenedSVD, spectrum_size
+from .workers import decomposed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -128,9 +124,10 @@ def decompose(
             for layer, module in modules.items()
             if layer not in done_layers or done_layers[layer].weight_hash != weight_hash(weight_matrix(module))
         }
+        moments = None if check(None, method) is None else found.moments
         try:
             with Progress(f"decompose {name}", len(todo), "layers", quiet) as progress:
-                for layer, weight, result in _results(found, todo, method):
+                for layer, weight, result in decomposed(moments, todo, method):
                     group = groups[shapes[layer]]
                     record = _record(result, shapes[layer], group["layers"].index(layer), weight)
                     U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
@@ -255,74 +252,6 @@ def _bytes(groups: dict[tuple[int, int], dict[str, Any]], dtype: str) -> int:
     return sum(
         len(g["layers"]) * (g["rank"] * (d_out + d_in) * DTYPE_BYTES[dtype] + 8 * (g["rank"] + g["spectrum"]))
         for (d_out, d_in), g in groups.items()
-    )
-
-
-def _results(found: Store, modules: dict[str, nn.Module], method: Method) -> Iterator[tuple[str, Tensor, WhitenedSVD]]:
-    """(layer, W, result) as they are done; at most two sites per worker are held in memory."""
-    sites = _by_site(found, modules, method)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(cores, len(sites)))
-    queue = iter(sites)
-    running: set[Future] = set()
-    with threadpool_limits(max(1, cores // workers)), ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                while len(running) < 2 * workers and (site := next(queue, None)) is not None:
-                    running.add(pool.submit(_decompose_site, found, site, modules, method))
-                if not running:
-                    return
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield from future.result()
-        finally:
-            for future in running:
-                future.cancel()
-
-
-def _by_site(found: Store, modules: dict[str, nn.Module], method: Method) -> list[list[str]]:
-    """Layers grouped by the moment they share, the most expensive first, so that the threads end together."""
-    if found.corpus is None or check(None, method) is None:
-        groups: Iterable[list[str]] = [[layer] for layer in modules]
-    else:
-        groups = [[layer for layer in site if layer in modules] for site in found.moments.sites.values()]
-
-    def cost(layers: list[str]) -> int:
-        shapes = [layer_shape(modules[layer]) for layer in layers]
-        return sum(d_in * d_in * d_out + min(d_out, d_in) ** 3 * 10 for d_out, d_in in shapes)
-
-    return sorted((group for group in groups if group), key=cost, reverse=True)
-
-
-def _decompose_site(
-    found: Store, layers: list[str], modules: dict[str, nn.Module], method: Method
-) -> list[tuple[str, Tensor, WhitenedSVD]]:
-    """All layers of one site, the second moment read once."""
-    needed = check(None, method) is not None
-    shared: Moment | None = None
-    results = []
-    for layer in layers:
-        stored = found.moments[layer] if needed else None
-        if stored is not None and (shared is None or stored.kind == "output"):
-            shared = _moment(stored)
-        W = weight_matrix(modules[layer])
-        try:
-            results.append((layer, W, whitened_svd(W.to("cpu", torch.float64).numpy(), shared, method)))
-        except PrepError as error:
-            raise PrepError(f"{layer}: {error}") from error
-    return results
-
-
-def _moment(stored: LayerMoment) -> Moment:
-    def array(x: Tensor) -> np.ndarray:
-        return x.to(torch.float64).numpy()
-
-    return Moment(
-        kind=stored.kind,
-        second_moment=array(stored.second_moment) if stored.kind == "full" else None,
-        diagonal=array(stored.diagonal) if stored.kind != "full" else None,
-        output=array(stored.output) if stored.kind == "output" else None,
-        mean=array(stored.mean),
     )
 
 

@@ -33,7 +33,7 @@ class Progress:
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
-        elif not self.quiet and time.monotonic() - self._printed >= _LINE_EVERY:
+        elif not self.quiet and self.done < self.total and time.monotonic() - self._printed >= _LINE_EVERY:
             self._print()
 
     def __exit__(

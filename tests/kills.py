@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kills_preload"])
+CONTEXT.set_forkserver_preload(
+    ["prep.preprocess.covariance", "prep.preprocess.decompose", "transformers.models.llama.modeling_llama"]
+)
 
 
 def covariance(options: Mapping[str, Any], pause: float, said: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import prep
 from prep import PrepError, StoreError
-from prep.preprocess import decompose as stage
+from prep.preprocess import workers as stage
 from prep.preprocess.methods import PUBLISHED
 from prep.store import BasisWriter, schema
 
