@@ -25,6 +25,10 @@ _EXPORTS = {
     "testing": ".adapters.testing",
     "peft": ".adapters.peft",
     "export": ".adapters.exports",
+    "verify": ".preprocess.verify",
+    "pool": ".store.pool",
+    "push": ".store.transfer",
+    "pull": ".store.transfer",
 }
 
 _MODULES = ("testing", "peft")

@@ -243,6 +243,78 @@ def export(store: str, quiet: bool, **options: Any) -> None:
     _say(quiet, f"written to {run(store, **options)}")
 
 
+@main.command(short_help="Check a store: checksums, shapes, identities, weights.")
+@_shared
+@click.option("--model", help="Path or hub id: check the weights that the store was made from, too.")
+@click.option("--revision", help="Revision of --model on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(store: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Check every chunk, hash, shape and identity of a store; exit code 1 if anything is wrong."""
+    from .preprocess.verify import verify as run
+
+    report = run(store, **options)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        for finding in report.findings:
+            click.echo(f"{finding.where}: {finding.problem}")
+        whole = "whole" if not report.findings else f"{len(report.findings)} findings"
+        size = f"{report.arrays:,} arrays, {report.bytes / 1e6:,.0f} MB"
+        _say(quiet, f"{store}: {report.sites} sites, {report.bases} bases, {size}: {whole}")
+    if report.findings:
+        sys.exit(1)
+
+
+@main.command(short_help="The moments of several stores of one model as one.")
+@click.argument("parts", nargs=-1, required=True)
+@_shared
+@click.option("--weights", help="Of the parts' tokens, such as 1,2.  [default: 1 for all]")
+@click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+def pool(parts: tuple[str, ...], store: str, quiet: bool, weights: str | None, **options: Any) -> None:
+    """Combine calibrations of one model on different data: C = sum w_i n_i C_i / sum w_i n_i.
+
+    \b
+    prep pool code.zarr prose.zarr --store both.zarr --weights 1,2
+    """
+    from .store.pool import pool as run
+
+    try:
+        numbers = [float(weight) for weight in weights.split(",")] if weights else None
+    except ValueError as error:
+        raise PrepError(f"--weights {weights!r} are not numbers: write them like 1,2") from error
+    found = run(parts, store=store, weights=numbers, **options)
+    tokens = found.corpus["tokens"] if found.corpus else 0
+    _say(quiet, f"{store}: {len(found.moments)} layers, {tokens:,} tokens of {len(parts)} stores")
+    _say(quiet, f"next: prep decompose{_store_option(store)}")
+
+
+@main.command(short_help="Copy a store to a URL.")
+@click.argument("url")
+@_shared
+@click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
+def push(url: str, store: str, quiet: bool, overwrite: bool) -> None:
+    """Copy the store to URL, such as s3://bucket/prep.zarr, and verify the copy (extra prep-bases[remote])."""
+    from .store.transfer import push as run
+
+    run(store, url, overwrite=overwrite)
+    _say(quiet, f"{url}: whole")
+
+
+@main.command(short_help="Copy a store from a URL.")
+@click.argument("url")
+@_shared
+@click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
+def pull(url: str, store: str, quiet: bool, overwrite: bool) -> None:
+    """Copy the store at URL to --store and verify the copy (extra prep-bases[remote])."""
+    from .store.transfer import pull as run
+
+    run(url, store, overwrite=overwrite)
+    _say(quiet, f"{store}: whole")
+    _say(quiet, f"next: prep info{_store_option(store)}")
+
+
 def _store_option(store: str) -> str:
     return "" if store == "prep.zarr" else f" --store {shlex.quote(store)}"
 

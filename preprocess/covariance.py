@@ -20,7 +20,7 @@ from .. import __version__
 from ..store import Store, open_store
 from ..store.errors import PrepError
 from ..store.lock import writer_lock
-from ..store.schema import content_hash, disk_guard
+from ..store.schema import content_hash, disk_guard, is_url
 from . import models
 from .calibration import Batch, accumulators, evaluating, run_pass
 from .corpus import Corpus, CorpusOptions, load_corpus
@@ -84,6 +84,8 @@ def covariance(
 
     Raises PrepError for bad input and StoreError where the store holds something else.
     """
+    if is_url(store):
+        raise PrepError(f"--store {store} is a URL: calibrate into a local path and copy it with `prep push`")
     one_of("--moment", moment, (*MOMENT_KINDS, "auto"))
     one_of("--moment-dtype", moment_dtype, ("float64", "float32"))
     one_of("--dtype", dtype, ("auto", *models.DTYPES))

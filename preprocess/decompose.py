@@ -19,7 +19,7 @@ from .. import __version__
 from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Store, create_store, open_store
 from ..store.errors import PrepError, StoreError
 from ..store.lock import writer_lock
-from ..store.schema import content_hash, disk_guard
+from ..store.schema import content_hash, disk_guard, is_url
 from ..store.weights import layer_shape, weight_hash, weight_matrix
 from . import models
 from .experts import expert_layers
@@ -156,9 +156,10 @@ def _source(model: str | None, found: Store | None) -> str:
 def _open(location: str | Path, method: Method, model: str | nn.Module | None) -> Store | None:
     """The store, or None where none is there and none is needed."""
     needed = method.metric != "identity" or method.select == "activation" or model is None
-    if not needed and not Path(location).exists():
+    absent = not is_url(location) and not Path(location).exists()
+    if not needed and absent:
         return None
-    if not Path(location).exists() and "://" not in str(location):
+    if absent:
         hint = "run `prep covariance --model X --data Y` first"
         if method.metric == "identity" and method.select != "activation":
             hint += ", or name the --model (metric identity needs no covariance)"

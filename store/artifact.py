@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import zarr
-from zarr.core.sync import sync
 from zarr.errors import BaseZarrError
 
 from . import schema
@@ -105,15 +104,15 @@ def open_store(location: str | Path, mode: str = "r") -> Store:
 
 
 def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
-    """Begin a store with the given root attributes, removing a store (never anything else) that is there."""
+    """Begin a store with the given root attributes, removing a store (never anything else) that is there.
+
+    At a URL nothing is ever removed: StoreError where something is.
+    """
     path = Path(location)
     if not schema.is_url(location) and path.exists() and (not path.is_dir() or any(path.iterdir())):
         open_store(path)  # refuses to remove what is not a store
         shutil.rmtree(path)
-    if schema.is_url(location):
-        target = schema.zarr_store(location, read_only=False)
-        if schema.fetch(target, "zarr.json", 1) is not None:
-            open_store(location)
-            sync(target.clear())
+    if schema.is_url(location) and schema.fetch(schema.zarr_store(location, True), "zarr.json", 1) is not None:
+        raise StoreError(f"{location} holds something already: name another --store, or make it on a disk and push it")
     own = {"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": []}
     return Store(str(location), schema.open_group(location, "w-", own | attrs))
