@@ -512,7 +512,6 @@ def test_long_work_is_logged_line_by_line(made, here, monkeypatch):
     assert [line.split(" in ")[0] for line in lines] == [
         "covariance: 64 of 128 tokens",
         "covariance: 128 of 128 tokens",
-        "covariance: 128 of 128 tokens",
     ]
     assert " tokens/s, " in lines[0] and lines[0].endswith(" s left")
     assert lines[-1].endswith(" tokens/s")
