@@ -57,11 +57,15 @@ def check_weight(
 
 
 def drift(module: nn.Module, U: Tensor, S: Tensor, P: Tensor) -> float:
-    """Relative difference of x W^T U and x P^T diag(S) for random x: 0 up to rounding for the right weights."""
+    """Relative difference of x W^T U and x P^T diag(S) for random x: 0 up to rounding for the right weights.
+
+    Relative to what r directions of x W^T hold on average, where these hold less: rounding hits all directions alike.
+    """
     x = torch.randn(PROBES, layer_shape(module)[1], generator=torch.Generator().manual_seed(0))
     h = (x @ P.cpu().float().T) * S.cpu().float()
     y = product(module, x).cpu().float()
-    return ((y @ U.cpu().float() - h).norm() / h.norm()).item()
+    scale = max(h.norm(), y.norm() * (U.shape[1] / U.shape[0]) ** 0.5)
+    return ((y @ U.cpu().float() - h).norm() / scale).item()
 
 
 def product(module: nn.Module, x: Tensor) -> Tensor:

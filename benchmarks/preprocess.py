@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layers", help="blocks, such as 0-3: a shorter run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the child processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -222,7 +223,7 @@ def main() -> None:
     bench.check()
     seconds = {name: statistics.median(kept(found)) for name, found in samples.items()}
     dropped = {name: sum(sample.other > LIMIT for sample in found) for name, found in samples.items()}
-    memory = {name: child_peak(name) for name in stages}
+    memory = {name: 0 if options.no_memory else child_peak(name) for name in stages}
     report = {"seconds": seconds, "dropped": dropped, "rounds": options.rounds, "peak_bytes": memory}
     report |= {
         "torch": torch.__version__,

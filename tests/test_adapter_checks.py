@@ -142,3 +142,20 @@ def test_a_linear_like_layer_is_adapted_and_verified_through_its_forward(store):
     model.get_submodule(name).codes = model.get_submodule(name).codes.roll(1, 0)
     with pytest.raises(prep.PrepError, match=f"{name} has other weights"):
         prep.attach(model, store)
+
+
+def test_the_weakest_directions_are_probed_in_half_precision():
+    """The bottom of a float32 weight belongs to its bfloat16 copy, and to no other weight."""
+    from prep.adapters.verify import check_weight
+
+    torch.manual_seed(0)
+    weak = torch.logspace(0, -4, 24)
+    layer, other = torch.nn.Linear(40, 24, bias=False), torch.nn.Linear(40, 24, bias=False)
+    for module in (layer, other):
+        U, _, Vt = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+        module.weight.data = (U * weak) @ Vt
+    U, S, Vt = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    bottom = U[:, -6:], S[-6:], Vt[-6:]
+    check_weight("l", layer.bfloat16(), *bottom, ("", "float32"))
+    with pytest.raises(prep.PrepError, match="other weights"):
+        check_weight("l", other.bfloat16(), *bottom, ("", "float32"))
