@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..store.errors import PrepError
 from ..store.schema import DTYPES
-from ..store.weights import layer_shape, weight_hash, weight_matrix
+from ..store.weights import dtype_name, layer_shape, weight_hash, weight_matrix
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3, "int8": 5e-2}
 PACKED_TOLERANCE = 0.25  # four bits show 0.07 to 0.1, other weights more than 1
@@ -85,9 +85,5 @@ def product(module: nn.Module, x: Tensor) -> Tensor:
 def tolerance(module: nn.Module, made_from: str, stored: torch.dtype) -> float:
     """The drift that the coarsest of the dtypes involved explains."""
     dtype = tensors_of(module)[0].dtype
-    here = _name(dtype) if is_plain(module) or dtype == torch.int8 else "packed"
-    return max(TOLERANCE.get(name, PACKED_TOLERANCE) for name in (here, made_from, _name(stored)))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    here = dtype_name(dtype) if is_plain(module) or dtype == torch.int8 else "packed"
+    return max(TOLERANCE.get(name, PACKED_TOLERANCE) for name in (here, made_from, dtype_name(stored)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..store import SiteData
 from ..store.errors import PrepError
-from ..store.weights import weight_hash, weight_matrix
+from ..store.weights import dtype_name, weight_hash, weight_matrix
 from .experts import home, on_real_rows, watched
 from .moments import SiteMoments
 from .sites import DECODER_MASK, MASK, Site, layer_input
@@ -104,8 +104,11 @@ def site_members(site: Site, layers: Mapping[str, nn.Module]) -> dict[str, dict[
     members = {}
     for member, shape in zip(site.members, site.shapes, strict=True):
         W = weight_matrix(layers[member])
-        dtype = str(W.dtype).removeprefix("torch.")
-        members[member] = {"shape": list(shape), "weight_hash": weight_hash(W), "weight_dtype": dtype}
+        members[member] = {
+            "shape": list(shape),
+            "weight_hash": weight_hash(W),
+            "weight_dtype": dtype_name(W.dtype),
+        }
     return members
 
 

@@ -20,7 +20,7 @@ from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Store, crea
 from ..store.errors import PrepError, StoreError
 from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard, is_url
-from ..store.weights import layer_shape, weight_hash, weight_matrix
+from ..store.weights import dtype_name, layer_shape, weight_hash, weight_matrix
 from . import models
 from .experts import expert_layers
 from .methods import Method, basis_name, check, method_for, one_of
@@ -267,7 +267,7 @@ def _record(result: WhitenedSVD, shape: tuple[int, int], index: int, W: Tensor) 
         solver=result.solver,
         bound=float(result.bound),
         weight_hash=weight_hash(W),
-        weight_dtype=str(W.dtype).removeprefix("torch."),
+        weight_dtype=dtype_name(W.dtype),
     )
 
 

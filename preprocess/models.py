@@ -16,6 +16,7 @@ from torch import nn
 
 from ..store.errors import PrepError
 from ..store.schema import content_hash
+from ..store.weights import dtype_name
 from .sites import block_index
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,7 +120,7 @@ def describe(model: nn.Module, model_id: str | None, revision: str | None) -> di
         "revision": revision or commit,
         "class": type(model).__name__,
         "config_hash": model_hash(model),
-        "dtype": str(getattr(model, "dtype", first)).removeprefix("torch."),
+        "dtype": dtype_name(getattr(model, "dtype", first)),
     }
 
 

@@ -251,14 +251,13 @@ class BasisWriter:
 
     def write(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> None:
         """Store one layer: U (d_out, r), S (r,), P (r, d_in), spectrum (k,)."""
-        key, dtype = group_key(record.shape), self._attrs["dtype"]
-        parts = {"U": (U.T, dtype), "P": (P, dtype), "S": (S, "float64"), "spectrum": (spectrum, "float64")}
-        for role, (value, _) in parts.items():
-            path = f"{key}/{role}"
+        stored = []
+        for role, value in {"U": U.T, "P": P, "S": S, "spectrum": spectrum}.items():
+            path = f"{group_key(record.shape)}/{role}"
             if path not in self._arrays:
                 self._arrays[path] = self._group[path]
-            schema.write(self._arrays[path], record.index, value)
-        content = schema.content_hash(schema.as_stored(value, kind) for value, kind in parts.values())
+            stored.append(schema.write(self._arrays[path], record.index, value))
+        content = schema.content_hash(stored)
         self._attrs["layers"][layer] = asdict(record) | {"shape": list(record.shape), "hash": content}
         if time.monotonic() - self._flushed > 1.0:
             self.flush()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import StoreError
+from .schema import is_url
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def writer_lock(location: str | Path, break_lock: bool = False) -> Iterator[None
 
     break_lock takes a lock that another machine seems to have left behind. Stores at URLs are not locked.
     """
-    if "://" in str(location):
+    if is_url(location):
         yield
         return
     path = Path(f"{str(location).rstrip('/')}.lock")

@@ -196,14 +196,15 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
     hashes = {}
     for path, value in arrays.items():
         if isinstance(value, Tensor):
-            schema.write(schema.create_array(target, path, tuple(value.shape), tuple(value.shape), dtype), ..., value)
-            hashes[path] = schema.content_hash([schema.as_stored(value, dtype)])
+            array = schema.create_array(target, path, tuple(value.shape), tuple(value.shape), dtype)
+            hashes[path] = schema.content_hash([schema.write(array, ..., value)])
         else:
             d, edge = value[-1].shape[1], schema.panel_edge(value[-1].shape[1])
             array = schema.create_array(target, path, (d, d), (edge, edge), dtype)
-            for (a, b), panel in zip(schema.panels(d), value, strict=True):
+            hashes[path] = schema.content_hash(
                 schema.write(array, (slice(a, b), slice(0, b)), panel)
-            hashes[path] = schema.content_hash(schema.as_stored(panel, dtype) for panel in value)
+                for (a, b), panel in zip(schema.panels(d), value, strict=True)
+            )
     members, content = data.members, schema.content_hash(f"{path} {hashes[path]}" for path in sorted(hashes))
     attrs = {"kind": data.kind, "members": members, "count": data.count, "hash": content, "arrays": hashes}
     schema.put_attributes(target, attrs)

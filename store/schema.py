@@ -182,9 +182,11 @@ def read(array: zarr.Array, selection: Any = ...) -> Tensor:
     return tensor
 
 
-def write(array: zarr.Array, selection: Any, values: Tensor) -> None:
-    """Write a region, cast to the array's dtype."""
-    array[selection] = as_stored(values, str(array.attrs["dtype"]))
+def write(array: zarr.Array, selection: Any, values: Tensor) -> np.ndarray:
+    """Write a region, cast to the array's dtype, and return it as it is stored, for a content hash."""
+    stored = as_stored(values, str(array.attrs["dtype"]))
+    array[selection] = stored
+    return stored
 
 
 def as_stored(values: Tensor, dtype: str) -> np.ndarray:

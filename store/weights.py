@@ -32,8 +32,13 @@ def weight_matrix(module: nn.Module) -> Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def weight_hash(W: Tensor) -> str:
     """xxh3-128 of W (d_out, d_in) in its own dtype: shape and dtype are part of the hash. 32 hex digits."""
-    digest = xxhash.xxh3_128(f"{str(W.dtype).removeprefix('torch.')}{tuple(W.shape)}".encode())
+    digest = xxhash.xxh3_128(f"{dtype_name(W.dtype)}{tuple(W.shape)}".encode())
     digest.update(W.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
