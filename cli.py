@@ -28,6 +28,8 @@ class _Group(click.Group):
         except PrepError as error:
             shown = click.ClickException(" ".join(str(error).split()))
             vars(shown)["exit_code"] = getattr(error, "exit_code", 2)
+            if getattr(error, "silent", False):  # another process of the job says it
+                sys.exit(shown.exit_code)
             raise shown from error
 
 
@@ -120,10 +122,13 @@ def covariance(store: str, quiet: bool, memory_budget: str, checkpoint_every: st
     from .preprocess.covariance import covariance as run
     from .preprocess.estimate import Estimate, lines
     from .preprocess.plan import parse_seconds, parse_size
+    from .preprocess.ranks import launched
     from .store.info import skipped_lines
 
     options |= {"memory_budget": parse_size(memory_budget), "checkpoint_every": parse_seconds(checkpoint_every)}
-    found = run(store=store, quiet=quiet, **options)
+    found = run(store=store, quiet=quiet, distributed=launched(), **options)
+    if found is None:  # rank 0 says the rest
+        return
     if isinstance(found, Estimate):
         for line in lines(found):
             click.echo(line)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from ..store import SiteData
 from ..store.errors import PrepError
 from ..store.weights import dtype_name, weight_hash, weight_matrix
 from .experts import home, on_real_rows, watched
-from .moments import SiteMoments
+from .moments import SiteMoments, site_elements
+from .ranks import ALONE, Ranks
 from .sites import DECODER_MASK, MASK, Site, layer_input
 
 Batch = Any  # a dictionary of tensors, unless `forward` takes something else
@@ -30,14 +32,17 @@ class _DeepestSite(Exception):
     """Ends a forward after the last site of a pass."""
 
 
-def accumulators(sites: Sequence[Site], kinds: Mapping[str, str]) -> dict[str, SiteMoments]:
-    """Empty accumulators by site name; kinds: site name -> moment kind."""
+def accumulators(sites: Sequence[Site], kinds: Mapping[str, str], ranks: Ranks = ALONE) -> dict[str, SiteMoments]:
+    """Empty accumulators by site name; kinds: site name -> moment kind. Of several ranks each keeps some of them."""
+    owners = ranks.owners({site.name: site_elements(kinds[site.name], site.shapes) for site in sites})
     return {
         site.name: SiteMoments(
             site.name,
             kinds[site.name],
             site.d_in,
             {member: shape[0] for member, shape in zip(site.members, site.shapes, strict=True)},
+            ranks.collector(owners[site.name]),
+            owners[site.name] == ranks.local_rank,
         )
         for site in sites
     }
@@ -54,21 +59,25 @@ def run_pass(
     totals: Mapping[str, SiteMoments],
     forward: Forward,
     batches: Iterable[Batch],
-    after: Callable[[int, Batch], None] = lambda number, batch: None,
+    after: Callable[[int], None] = lambda number: None,
     first: int = 0,
     whole: bool = True,
     masks: Masks = text_masks,
     compat: str | None = None,
+    ranks: Ranks = ALONE,
+    example: Batch = None,
 ) -> None:
     """Run `forward` over `batches` and add every site's moments to `totals`.
 
-    batches: numbered from `first`. masks(batch): masks (B, T), zero on padding, by the name a site has for its own; no
-    mask, no padding. after(number, batch) is called when a batch is done. whole: False ends each forward at the last of
-    `sites`, which are in call order. PrepError for NaN or infinite activations, and where padding cannot be told from
-    tokens; the hooks are removed in any case. compat: "peft-corda" for PEFT's sums (see `scaled_by_sequence`).
+    batches: numbered from `first`, of several ranks in turn; None, which a rank without a batch in the last round is
+    given, runs `example` and adds nothing. masks(batch): masks (B, T), zero on padding, by the name a site has for its
+    own; no mask, no padding. after(number) is called when a batch is done. whole: False ends each forward at the last
+    of `sites`, which are in call order. compat: "peft-corda" for PEFT's sums (see `scaled_by_sequence`). PrepError for
+    NaN or infinite activations, and where padding cannot be told from tokens; the hooks are removed in any case.
     """
     state = _Batch()
-    handles = [handle for site in sites for handle in _hook(site, layers, totals[site.name], state, compat)]
+    handles = _turns(sites, layers, totals) if ranks.size > 1 else []
+    handles += [handle for site in sites for handle in _hook(site, layers, totals[site.name], state, compat)]
     owners = {home(layers[site.name]): site.mask for site in sites if site.routed}
     handles += on_real_rows(owners, lambda owner: state.masks.get(owners[owner], (None, 0)))
     if not whole:
@@ -76,11 +85,11 @@ def run_pass(
         handles.append(last.register_forward_hook(_stop))
     try:
         with torch.no_grad():
-            for number, batch in enumerate(batches, first):
-                state.begin(number, masks(batch))
+            for number, batch in zip(itertools.count(first + ranks.rank, ranks.size), batches, strict=False):
+                state.begin(number, masks(batch) if batch is not None else None)
                 with contextlib.suppress(_DeepestSite):
-                    forward(batch)
-                after(number, batch)
+                    forward(batch if batch is not None else example)
+                after(number)
     finally:
         for handle in handles:
             handle.remove()
@@ -153,14 +162,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class _Batch:
     """What the hooks need to know of the batch under way: its number and which rows are real ones.
 
-    masks: name -> (indices of the real rows or None where all are real, number of all rows).
+    masks: name -> (indices of the real rows or None where all are real, number of all rows). empty: no row counts.
     """
 
-    def begin(self, number: int, masks: Mapping[str, Tensor]) -> None:
-        self.number = number
+    def begin(self, number: int, masks: Mapping[str, Tensor] | None) -> None:
+        self.number, self.empty = number, masks is None
         self.masks: dict[str, tuple[Tensor | None, int]] = {}
         self.rows_of_batch = 0
-        for name, mask in masks.items():
+        for name, mask in (masks or {}).items():
             rows = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
             self.masks[name] = rows, mask.numel()
             self.rows_of_batch = len(mask)
@@ -168,6 +177,8 @@ class _Batch:
     def real(self, x: Tensor, site: Site) -> Tensor:
         """The real tokens of a site's activation (..., d) as (n, d)."""
         flat = x.detach().reshape(-1, x.shape[-1])
+        if self.empty:
+            return flat[:0]
         rows, size = self.masks.get(site.mask, (None, 0))
         if rows is None or site.routed:
             return flat
@@ -193,7 +204,8 @@ def _hook(
         x = layer_input(args, kwargs)
         if member == leader:
             if compat == "peft-corda":
-                total.add_input(scaled_by_sequence(x), state.number, count=len(x))
+                own = x[:0] if state.empty else x
+                total.add_input(scaled_by_sequence(own), state.number, count=len(own))
             else:
                 total.add_input(state.real(x, site), state.number)
             shared[:] = [(x, x._version)]
@@ -220,6 +232,35 @@ def _hook(
         if total.kind == "output":
             post = lambda m, args, kwargs, y, member=member: take_output(member, m, args, kwargs, y)  # noqa: E731
             handles.append(layers[member].register_forward_hook(post, with_kwargs=True))
+    return handles
+
+
+def _turns(sites: Sequence[Site], layers: Mapping[str, nn.Module], totals: Mapping[str, SiteMoments]) -> list[Any]:
+    """Hooks by which an expert that is given no token here adds nothing, so that all ranks add in the same order."""
+    homes: dict[nn.Module, list[str]] = {}
+    for site in sites:
+        if site.routed:
+            homes.setdefault(home(layers[site.name]), []).append(site.name)
+    handles = []
+    for owner, names in homes.items():
+        order = sorted(names, key=lambda name: int(name.split(".")[-2]))  # the projections of one expert follow another
+        waiting: list[str] = []
+
+        def begin(*_: object, waiting: list[str] = waiting, order: list[str] = order) -> None:
+            waiting[:] = order
+
+        def pass_over(name: str | None, waiting: list[str] = waiting, owner: nn.Module = owner) -> None:
+            while waiting and waiting[0] != name:
+                totals[waiting.pop(0)].add_nothing(next(owner.parameters()).dtype)
+            if name is not None and not waiting:
+                raise PrepError(f"{name} is computed out of its experts' order: calibrate with one process")
+            waiting[:1] = []
+
+        handles.append(owner.register_forward_pre_hook(begin))
+        for name in names:
+            skip = lambda *_, name=name, pass_over=pass_over: pass_over(name)  # noqa: E731
+            handles.append(layers[name].register_forward_pre_hook(skip))
+        handles.append(owner.register_forward_hook(lambda *_, pass_over=pass_over: pass_over(None)))
     return handles
 
 

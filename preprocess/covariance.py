@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import __version__
@@ -22,13 +22,14 @@ from ..store.errors import PrepError
 from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard, is_url
 from . import models
-from .calibration import Batch, accumulators, evaluating, run_pass
+from .calibration import accumulators, evaluating, run_pass
 from .corpus import Corpus, CorpusOptions, load_corpus
 from .estimate import Estimate, estimate
 from .methods import MOMENT_KINDS, one_of
 from .moments import SiteMoments, moment_kind
 from .plan import make_plan
 from .progress import Progress, say
+from .ranks import Ranks, joined
 from .recovery import Recovery
 from .sites import encoder_of, find_sites, other_weights, target_layers
 from .stream import Batches, Mask, Text
@@ -68,7 +69,8 @@ def covariance(
     trust_remote_code: bool = False,
     quiet: bool = False,
     dry_run: bool = False,
-) -> Store | Estimate:
+    distributed: bool = False,
+) -> Store | Estimate | None:
     """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
 
     model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
@@ -81,6 +83,9 @@ def covariance(
 
     compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
     the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.
+
+    distributed: every process of a torchrun job, or of an initialised torch.distributed, calls it alike and takes its
+    share of the batches; rank 0 returns the store, the others None (see ranks.py).
 
     Raises PrepError for bad input and StoreError where the store holds something else.
     """
@@ -104,109 +109,119 @@ def covariance(
         "dtype": dtype,
         "compat": compat,
     }
-    if isinstance(model, str):
-        model_id: str | None = models.absolute_if_local(model)
-        architecture = models.config_hash(models.load_config(str(model_id), revision, trust_remote_code))
-    else:
-        model_id, architecture = None, models.model_hash(model)
-    stream: Text | Batches
-    if batches is not None:
-        stream = Batches(batches, mask)
-    else:
-        corpus_options = CorpusOptions(
-            models.absolute_if_local(str(data)),
-            subset,
-            split,
-            text_column,
-            template,
-            chat_column,
-            num_sequences,
-            seq_len,
-            pack,
-            seed,
-        )
-        tokenizer = models.load_tokenizer(str(model_id), revision, trust_remote_code)
-        stream = Text(load_corpus(corpus_options, tokenizer), batch_size)
-        options["batch_size"] = batch_size
-    wanted: dict[str, Any] = {
-        "model": {"id": model_id, "revision": revision, "config_hash": architecture},
-        "corpus": stream.about,
-        "options": options,
-    }
-    existing = None if dry_run else _existing(store, wanted, overwrite, quiet)
-    if existing is not None and existing.status == "complete" and existing.corpus is not None:
-        return existing
+    corpus_options = CorpusOptions(
+        models.absolute_if_local(str(data)),
+        subset,
+        split,
+        text_column,
+        template,
+        chat_column,
+        num_sequences,
+        seq_len,
+        pack,
+        seed,
+    )
+    with joined(distributed) as ranks:
+        quiet = quiet or ranks.rank > 0
+        existing, done = None, False
+        with ranks.together():
+            _check_ranks(ranks, batches is not None or dry_run, device, device_map)
+            stream: Text | Batches
+            if isinstance(model, str):
+                model_id: str | None = models.absolute_if_local(model)
+                architecture = models.config_hash(models.load_config(str(model_id), revision, trust_remote_code))
+            else:
+                model_id, architecture = None, models.model_hash(model)
+            if batches is not None:
+                stream = Batches(batches, mask)
+            else:
+                tokenizer = models.load_tokenizer(str(model_id), revision, trust_remote_code)
+                stream = Text(load_corpus(corpus_options, tokenizer), batch_size)
+                options["batch_size"] = batch_size
+            wanted: dict[str, Any] = {
+                "model": {"id": model_id, "revision": revision, "config_hash": architecture},
+                "corpus": stream.about,
+                "options": options,
+            }
+            if ranks.rank == 0 and not dry_run:
+                existing, done = _existing(store, wanted, overwrite, quiet)
+        if ranks.first(lambda: done):
+            return existing
 
-    if isinstance(model, str):
-        net = models.load_model(
-            str(model_id),
-            revision=revision,
-            dtype=dtype,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
-    else:
-        net = model
-    if isinstance(stream, Text):
-        _check_fits(net, stream.corpus)
-    layers_by_name = target_layers(net, targets, exclude, layers)
-    forward = stream.forward(net, layers_by_name)
-    with evaluating(net):
-        sites, skipped = find_sites(layers_by_name, lambda: forward(stream.example()), encoder_of(net))
-    if not sites:
-        raise PrepError("no layer is reached by the forward pass: choose others with --targets")
-    if not targets:
-        skipped |= other_weights(net, exclude, layers)
-    kinds = {site.name: moment_kind(moment, site.shapes) for site in sites}
-    plan = make_plan(sites, kinds, memory_budget, moment_dtype)
-    if len(plan.passes) > 1 and stream.once:
-        raise PrepError(
-            f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
-            "give batches= as a list or a DataLoader, or raise memory_budget"
-        )
+        with ranks.together():
+            if isinstance(model, str):
+                net: nn.Module = models.load_model(
+                    str(model_id),
+                    revision=revision,
+                    dtype=dtype,
+                    device=device or ranks.device,
+                    device_map=device_map,
+                    trust_remote_code=trust_remote_code,
+                )
+            else:
+                net = model
+            if isinstance(stream, Text):
+                _check_fits(net, stream.corpus)
+            layers_by_name = target_layers(net, targets, exclude, layers)
+            forward = stream.forward(net, layers_by_name)
+            with evaluating(net):
+                sites, skipped = find_sites(layers_by_name, lambda: forward(stream.example()), encoder_of(net))
+            if not sites:
+                raise PrepError("no layer is reached by the forward pass: choose others with --targets")
+            if not targets:
+                skipped |= other_weights(net, exclude, layers)
+            kinds = {site.name: moment_kind(moment, site.shapes) for site in sites}
+            plan = make_plan(sites, kinds, memory_budget, moment_dtype)
+            if len(plan.passes) > 1 and stream.once:
+                raise PrepError(
+                    f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
+                    "give batches= as a list or a DataLoader, or raise memory_budget"
+                )
+        if dry_run:
+            if not isinstance(stream, Text):
+                raise PrepError("dry_run= needs data=, whose size is known")
+            return estimate(layers_by_name, kinds, plan, forward, stream, moment_dtype)
 
-    if dry_run:
-        if not isinstance(stream, Text):
-            raise PrepError("dry_run= needs data=, whose size is known")
-        return estimate(layers_by_name, kinds, plan, forward, stream, moment_dtype)
+        attrs = {
+            **wanted,
+            "model": models.describe(net, model_id, revision),
+            "prep_version": __version__,
+            "id": _id(wanted),
+            "status": "incomplete",
+            "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
+        }
+        every = checkpoint_every if isinstance(stream, Text) else float("inf")  # one's own batches are not resumed
+        tokens, whole, example = 0, len(plan.passes) == 1, stream.example()
+        with contextlib.ExitStack() as held, disk_guard(store, plan.disk if ranks.writes else 0), evaluating(net):
+            ranks.first(lambda: held.enter_context(writer_lock(store, break_lock)))
+            recovery = Recovery(store, existing, attrs, plan.passes, skipped, every, quiet, ranks)
+            ready = recovery.part * stream.total + stream.size(0, recovery.batches)
+            begun = time.monotonic()
+            with (
+                recovery.signals() if isinstance(stream, Text) else contextlib.nullcontext(),
+                Progress("covariance", stream.total * len(plan.passes), stream.unit, quiet, ready) as bar,
+            ):
+                for part in plan.passes[recovery.part :]:
+                    totals = accumulators(part, kinds, ranks)
+                    recovery.restore(totals)
+                    first = recovery.batches
 
-    attrs = {
-        **wanted,
-        "model": models.describe(net, model_id, revision),
-        "prep_version": __version__,
-        "id": _id(wanted),
-        "status": "incomplete",
-        "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
-    }
-    every = checkpoint_every if isinstance(stream, Text) else float("inf")  # one's own batches are not resumed
-    tokens = 0
-    with disk_guard(store, plan.disk), writer_lock(store, break_lock), evaluating(net):
-        recovery = Recovery(store, existing, attrs, plan.passes, skipped, every, quiet)
-        done = recovery.part * stream.total + stream.size(0, recovery.batches)
-        begun = time.monotonic()
-        with (
-            recovery.signals() if isinstance(stream, Text) else contextlib.nullcontext(),
-            Progress("covariance", stream.total * len(plan.passes), stream.unit, quiet, done) as bar,
-        ):
-            for part in plan.passes[recovery.part :]:
-                totals = accumulators(part, kinds)
-                recovery.restore(totals)
-                first = recovery.batches
+                    def after(number: int, totals: dict[str, SiteMoments] = totals) -> None:
+                        begin = number - ranks.rank
+                        end = stream.end(begin + ranks.size)
+                        bar.advance(stream.size(begin, end))
+                        recovery.batch_done(end, totals)
 
-                def after(number: int, batch: Batch, totals: dict[str, SiteMoments] = totals) -> None:
-                    bar.advance(stream.size(number, number + 1))
-                    recovery.batch_done(number + 1, totals)
-
-                whole = len(plan.passes) == 1
-                given = stream.read(first)
-                run_pass(layers_by_name, part, totals, forward, given, after, first, whole, stream.masks, compat)
-                tokens = max([tokens, *(total.count for total in totals.values())])
-                recovery.part_done(part, totals, layers_by_name, moment_dtype)
-        corpus = {"tokens": tokens, **stream.about}
-        run = {**attrs["run"], "seconds": round(time.monotonic() - begun, 3)}
-        recovery.finish({"corpus": corpus, "id": _id({**wanted, "corpus": corpus}), "run": run})
-    return open_store(store)
+                    own = ranks.share(stream.read(first))
+                    masks = stream.masks
+                    run_pass(
+                        layers_by_name, part, totals, forward, own, after, first, whole, masks, compat, ranks, example
+                    )
+                    tokens = max(tokens, recovery.part_done(part, totals, layers_by_name, moment_dtype))
+            corpus = {"tokens": tokens, **stream.about}
+            run = {**attrs["run"], "seconds": round(time.monotonic() - begun, 3)}
+            recovery.finish({"corpus": corpus, "id": _id({**wanted, "corpus": corpus}), "run": run})
+        return open_store(store) if ranks.rank == 0 else None
 
 
 def _id(wanted: dict[str, Any]) -> str:
@@ -229,6 +244,28 @@ def _check_inputs(
             raise PrepError(f"{given[0]}= is for loading a path or hub id: prepare the module itself")
 
 
+def _check_ranks(ranks: Ranks, alone: bool, device: str | None, device_map: str | None) -> None:
+    """Refuse what several processes cannot do. alone: a job for one process is asked for."""
+    if ranks.size == 1:
+        return
+    if alone:
+        raise PrepError(
+            f"batches= and --dry-run are for one process, these are {ranks.size}: start it without torchrun"
+        )
+    if ranks.local_size == 1:
+        return
+    if device is not None and ":" in device:
+        raise PrepError(f"--device {device} would hold {ranks.local_size} processes: leave it out, each takes its own")
+    devices = [visible.split(",") for visible in ranks.gather(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))]
+    for i in range(0, ranks.size, ranks.local_size):
+        own = [name for visible in devices[i : i + ranks.local_size] for name in visible]
+        if device_map is not None and len(set(own)) < len(own):
+            raise PrepError(
+                "--device-map spreads the model over every device that a process sees, and the processes of a node see "
+                "the same ones: start one per node, or give each its own CUDA_VISIBLE_DEVICES"
+            )
+
+
 def _check_fits(model: nn.Module, corpus: Corpus) -> None:
     """Refuse sequences the model has no positions for, and tokens it has no embedding for."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -240,14 +277,17 @@ def _check_fits(model: nn.Module, corpus: Corpus) -> None:
         raise PrepError(f"the tokenizer gives token {top}, the model embeds {size} tokens: they do not belong together")
 
 
-def _existing(location: str | Path, wanted: dict[str, Any], overwrite: bool, quiet: bool) -> Store | None:
-    """The store that is there, if its run is the wanted one (complete or not) or it holds bases only; else an error."""
+def _existing(location: str | Path, wanted: dict[str, Any], overwrite: bool, quiet: bool) -> tuple[Store | None, bool]:
+    """The store that is there, if its run is the wanted one or it holds bases only, and whether the run is complete.
+
+    PrepError where it holds another run.
+    """
     path = Path(location)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return None
+        return None, False
     found = open_store(location)
     if overwrite:
-        return None
+        return None, False
     sections = ["model"] if found.corpus is None else ["model", "corpus", "options"]
     differences = []
     for section in sections:
@@ -267,6 +307,7 @@ def _existing(location: str | Path, wanted: dict[str, Any], overwrite: bool, qui
             f"{location} holds a run with other options ({'; '.join(differences)}): "
             "name another --store, or replace it with --overwrite"
         )
-    if found.status == "complete" and found.corpus is not None:
+    done = found.status == "complete" and found.corpus is not None
+    if done:
         say(f"{location} is complete and was made with the same options: nothing to do", quiet)
-    return found
+    return found, done

@@ -7,6 +7,8 @@ error does not grow with the number of batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,18 +16,29 @@ from ..store.errors import PrepError
 from ..store.moments import SiteData
 from ..store.schema import panels
 
+Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes
+
+
+def alone(x: Tensor) -> Iterable[Tensor]:
+    """The Collect of a single process."""
+    return (x,)
+
 
 class GramSum:
-    """Sum of X^T X over batches, in float64 panels on CPU: panel i is rows a:b, columns :b of the (d, d) sum."""
+    """Sum of X^T X over batches, in float64 panels on CPU: panel i is rows a:b, columns :b of the (d, d) sum.
 
-    def __init__(self, d: int):
-        self.ranges = panels(d)
-        self.panels = [torch.zeros(b - a, b, dtype=torch.float64) for a, b in self.ranges]
+    collect: see Collect. kept: False where another process keeps the sum.
+    """
+
+    def __init__(self, d: int, collect: Collect = alone, kept: bool = True):
+        self.ranges, self.collect = panels(d), collect
+        self.panels = [torch.zeros(b - a, b, dtype=torch.float64) for a, b in self.ranges] if kept else []
 
     def add(self, X: Tensor) -> None:
         """Add X^T X of X (n, d), float32 or float64, on any device."""
-        for total, (a, b) in zip(self.panels, self.ranges, strict=True):
-            total.add_((X[:, a:b].T @ X[:, :b]).cpu())
+        for i, (a, b) in enumerate(self.ranges):
+            for product in self.collect(X[:, a:b].T @ X[:, :b]):
+                self.panels[i].add_(product.cpu())
 
     def mean(self, count: int) -> list[Tensor]:
         """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
@@ -36,15 +49,25 @@ class SiteMoments:
     """Accumulates the moments of one site.
 
     kind "full": C; "diagonal": E[x_i^2]; "output": E[y y^T] of each layer and E[x_i^2]. The mean always.
+    collect, kept: as in GramSum, where several processes share a pass.
     """
 
-    def __init__(self, name: str, kind: str, d_in: int, outputs: dict[str, int]):
-        self.name, self.kind = name, kind
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        d_in: int,
+        outputs: dict[str, int],
+        collect: Collect = alone,
+        kept: bool = True,
+    ):
+        self.name, self.kind, self.kept, self._collect = name, kind, kept, collect
         self.count = 0
         self.sum_x = torch.zeros(d_in, dtype=torch.float64)
         self.sum_x2 = torch.zeros(d_in, dtype=torch.float64) if kind != "full" else None
-        self.second = GramSum(d_in) if kind == "full" else None
-        self.outputs = {layer: GramSum(d_out) for layer, d_out in outputs.items()} if kind == "output" else {}
+        self.second = GramSum(d_in, collect, kept) if kind == "full" else None
+        wanted = outputs if kind == "output" else {}
+        self.outputs = {layer: GramSum(d_out, collect, kept) for layer, d_out in wanted.items()}
 
     def add_input(self, X: Tensor, batch: int, count: int | None = None) -> None:
         """Add the real tokens X (n, d_in) of one batch, counted as n or `count`. PrepError for NaN or infinite ones."""
@@ -55,16 +78,25 @@ class SiteMoments:
                 f"the input of {self.name} is NaN or infinite in batch {batch}: "
                 "try --dtype float32, or look at the data"
             )
-        self.count += X.shape[0] if count is None else count
-        self.sum_x.add_(total)
+        for tokens in self._collect(torch.tensor(X.shape[0] if count is None else count)):
+            self.count += int(tokens)
+        for part in self._collect(total):
+            self.sum_x.add_(part)
         if self.second is not None:
             self.second.add(X)
         if self.sum_x2 is not None:
-            self.sum_x2.add_(X.square().sum(0).cpu())
+            for part in self._collect(X.square().sum(0).cpu()):
+                self.sum_x2.add_(part)
 
     def add_output(self, layer: str, Y: Tensor) -> None:
         """Add the bias-free outputs Y (n, d_out) of one member for the same tokens."""
         self.outputs[layer].add(Y if Y.dtype == torch.float64 else Y.float())
+
+    def add_nothing(self, dtype: torch.dtype) -> None:
+        """Take part in a batch that brought this process no tokens; dtype: of the activations elsewhere."""
+        self.add_input(torch.zeros(0, len(self.sum_x), dtype=dtype), 0)
+        for layer, total in self.outputs.items():
+            self.add_output(layer, torch.zeros(0, total.ranges[-1][1], dtype=dtype))
 
     def sums(self) -> SiteData:
         """The state of the sums, which `restore` takes back; it shares their memory."""

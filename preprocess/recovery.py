@@ -18,13 +18,14 @@ import zarr
 from torch import nn
 
 from ..store import Store, begin_moments, create_store, open_store, write_site
-from ..store.checkpoint import finish, read_checkpoint, write_checkpoint
+from ..store.checkpoint import begin_slot, finish, read_checkpoint, read_sums, use_slot, write_sums
 from ..store.errors import PrepError
 from ..store.moments import skip_sites
 from ..store.schema import put_attributes
 from .calibration import site_members
 from .moments import SiteMoments
 from .progress import say
+from .ranks import ALONE, Ranks
 from .sites import Site
 
 CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
@@ -48,73 +49,102 @@ class Recovery:
         skipped: Mapping[str, str],
         every: float,
         quiet: bool,
+        ranks: Ranks = ALONE,
     ):
         self._location, self._existing, self._attrs, self._every = location, existing, attrs, every
+        self._ranks = ranks
         self._index = {site.name: list(site.members) for part in passes for site in part}
         self._skipped = skipped
         self._root: zarr.Group | None = None
         self._signal: int | None = None
         self._due = time.monotonic() + every
-        self.part = self.batches = 0
-        self._sums: dict = {}
-        if existing is not None and existing.status != "complete":
-            self._resume(quiet)
+        found = ranks.first(lambda: self._resume(quiet))
+        self._begun = found is not None
+        self._slot, self._stored = (found["slot"], found["sites"]) if found else (0, [])
+        self.part, self.batches = (int(found["part"]), int(found["batches"])) if found else (0, 0)
 
-    def _resume(self, quiet: bool) -> None:
-        root = open_store(self._location, "r+").root
-        found = read_checkpoint(root)
-        if found is None:
+    def _resume(self, quiet: bool) -> dict[str, Any] | None:
+        """What the store says of the state that it holds."""
+        if self._existing is None or self._existing.status == "complete":
+            return None
+        where = read_checkpoint(self._existing.root)
+        if where is None:
             say(f"{self._location} is incomplete and holds no checkpoint: begun anew", quiet)
-            return
-        where, self._sums = found
-        self.part, self.batches, self._root = int(where["part"]), int(where["batches"]), root
-        say(f"{self._location} is incomplete: resumed in pass {self.part + 1} after {self.batches} batches", quiet)
+            return None
+        done = f"in pass {int(where['part']) + 1} after {int(where['batches'])} batches"
+        say(f"{self._location} is incomplete: resumed {done}", quiet)
+        return where
 
     def restore(self, totals: Mapping[str, SiteMoments]) -> None:
-        """Put the stored sums of the pass under way into its accumulators."""
-        for site, sums in self._sums.items():
-            totals[site].restore(sums)
-        self._sums = {}
+        """Put the stored sums of the pass under way into the accumulators that this rank keeps."""
+        if self._ranks.writes:
+            for site in self._stored:
+                if totals[site].kept:
+                    totals[site].restore(read_sums(self._begin(), self._slot, site))
+        self._stored = []
 
     def batch_done(self, batches: int, totals: Mapping[str, SiteMoments]) -> None:
         """Note progress; store the state if it is due, or before raising Interrupted if a signal came."""
         self.batches = batches
-        if self._signal is None and time.monotonic() < self._due:
+        due = self._ranks.rank == 0 and time.monotonic() >= self._due
+        stop, store = self._ranks.most(self._signal or 0, due)
+        if not stop and not store:
             return
         begun = time.monotonic()
-        where = {"part": self.part, "batches": batches}
-        write_checkpoint(self._begin(), {site: total.sums() for site, total in totals.items()}, where)
+        self._checkpoint(totals)
         cost = time.monotonic() - begun
         self._due = time.monotonic() + max(self._every, cost / CHECKPOINT_SHARE)
-        if self._signal is not None:
+        if stop:
             stopped = Interrupted(f"stopped after {batches} batches, which are stored: the same command resumes")
-            stopped.exit_code = 128 + self._signal
+            stopped.exit_code = 128 + stop
             raise stopped
+
+    def _checkpoint(self, totals: Mapping[str, SiteMoments]) -> None:
+        """Store the sums of the sites under way, each by the rank that keeps it."""
+        root, counts = self._begin(), self._counts(totals)
+        slot = self._ranks.first(lambda: begin_slot(root))
+        for site, total in totals.items():
+            if total.kept:
+                sums = self._ranks.over_nodes(total.sums(), counts[site])
+                if self._ranks.writes:
+                    write_sums(root, slot, site, sums)
+        self._ranks.wait()
+        if self._ranks.rank == 0:
+            use_slot(root, slot, totals, {"part": self.part, "batches": self.batches})
 
     def part_done(
         self, sites: Sequence[Site], totals: dict[str, SiteMoments], layers: Mapping[str, nn.Module], dtype: str
-    ) -> None:
-        """Write the moments of a finished pass, giving up its accumulators one by one.
+    ) -> int:
+        """Write the moments of a finished pass, giving up its accumulators one by one; the tokens of its fullest site.
 
         Experts that no token was routed to are listed as skipped.
         """
-        idle = [site.name for site in sites if site.routed and not totals[site.name].count]
-        for site in sites:
-            if site.name not in idle:
-                totals[site.name].need_tokens()
+        counts = self._counts(totals)
+        idle = [site.name for site in sites if not counts[site.name]]
+        lost = [site.name for site in sites if site.name in idle and not site.routed]
+        if lost:
+            raise PrepError(f"no token reached {lost[0]}: use more data or leave it out with --exclude")
         root = self._begin()
-        group: Any = root["moments"]
-        skip_sites(root, dict.fromkeys(idle, "no token of the data was routed to it"))
+        self._ranks.first(lambda: skip_sites(root, dict.fromkeys(idle, "no token of the data was routed to it")))
         for site in sites:
-            if site.name in idle:
-                continue
-            write_site(group, site.name, totals.pop(site.name).finish(site_members(site, layers)), dtype)
+            total = totals.pop(site.name)
+            if site.name not in idle and total.kept:
+                total.restore(self._ranks.over_nodes(total.sums(), counts[site.name]))
+                if self._ranks.writes:
+                    write_site(root["moments"], site.name, total.finish(site_members(site, layers)), dtype)
+        self._ranks.wait()
         self.part, self.batches = self.part + 1, 0
-        write_checkpoint(root, {}, {"part": self.part, "batches": 0})
+        if self._ranks.rank == 0:
+            use_slot(root, begin_slot(root), (), {"part": self.part, "batches": 0})
+        return max(counts.values())
+
+    def _counts(self, totals: Mapping[str, SiteMoments]) -> dict[str, int]:
+        """Tokens of every site, of all ranks."""
+        return self._ranks.added({site: total.count for site, total in totals.items() if total.kept})
 
     def finish(self, attrs: dict[str, Any]) -> None:
         """Mark the store complete, with attributes known only now."""
-        finish(self._begin(), {"status": "complete", **attrs})
+        self._ranks.first(lambda: finish(self._begin(), {"status": "complete", **attrs}))
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -136,13 +166,19 @@ class Recovery:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _begin(self) -> zarr.Group:
-        """The store's root for writing: made now if it was not there."""
-        if self._root is None:
-            if self._existing is None:
-                self._root = create_store(self._location, self._attrs).root
-            else:  # incomplete without a checkpoint, or with bases only, which are kept
-                self._root = open_store(self._location, "r+").root
-                put_attributes(self._root, {**self._root.attrs, **self._attrs})
-            begin_moments(self._root, self._index, self._skipped)
+    def _begin(self) -> Any:
+        """The store's root for writing, made now if it was not there; None on a node that does not write."""
+        if not self._begun:
+            self._ranks.first(self._create)
+            self._begun = True
+        if self._root is None and self._ranks.writes:
+            self._root = open_store(self._location, "r+").root
         return self._root
+
+    def _create(self) -> None:
+        if self._existing is None:
+            root = create_store(self._location, self._attrs).root
+        else:  # incomplete without a checkpoint, or with bases only, which are kept
+            root = open_store(self._location, "r+").root
+            put_attributes(root, {**root.attrs, **self._attrs})
+        begin_moments(root, self._index, self._skipped)

@@ -51,6 +51,10 @@ class Text:
         """The masks of a batch by name."""
         return text_masks(batch)
 
+    def end(self, number: int) -> int:
+        """`number`, or the number of batches where there are fewer."""
+        return min(number, -(-len(self.corpus.sequences) // self.batch_size))
+
     def size(self, first: int, last: int) -> int:
         """Tokens of the batches from number `first` to before `last`."""
         return sum(map(len, self.corpus.sequences[first * self.batch_size : last * self.batch_size]))
@@ -117,6 +121,10 @@ class Batches:
                 what = f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
                 raise PrepError(f"the {name} {what}: give mask=, a function from a batch to (B, T)")
         return found
+
+    def end(self, number: int) -> int:
+        """`number`: how many batches there are may not be known."""
+        return number
 
     def size(self, first: int, last: int) -> int:
         """The number of batches: their tokens are not known before they are read."""

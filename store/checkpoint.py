@@ -6,7 +6,7 @@ killed, one slot is whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import zarr
@@ -16,26 +16,33 @@ from . import schema
 from .moments import SiteData, read_site, write_site
 
 
-def write_checkpoint(root: zarr.Group, sums: Mapping[str, SiteData], where: dict[str, Any]) -> None:
-    """Store the sums of the sites under way and `where` the run is (its keys are the caller's)."""
+def begin_slot(root: zarr.Group) -> int:
+    """Empty the slot that is not in use, and give its number."""
     before: Any = root.attrs.get("checkpoint") or {}
     slot = 1 - int(before.get("slot", 1))
-    group = root.create_group(f"checkpoint/{slot}", overwrite=True)
-    for site, data in sums.items():
-        write_site(group, site, data, "float64")
-    state = {"slot": slot, "sites": list(sums), **where}
-    schema.put_attributes(root, {**root.attrs, "checkpoint": state})
+    root.create_group(f"checkpoint/{slot}", overwrite=True)
+    return slot
 
 
-def read_checkpoint(root: zarr.Group) -> tuple[dict[str, Any], dict[str, SiteData]] | None:
-    """Where the run is and its sums; None where nothing was stored. StoreError if the slot is damaged."""
+def write_sums(root: zarr.Group, slot: int, site: str, sums: SiteData) -> None:
+    """Store the sums of one site in a slot; several processes may, each its own sites."""
+    write_site(root, f"checkpoint/{slot}/{site}", sums, "float64")
+
+
+def use_slot(root: zarr.Group, slot: int, sites: Iterable[str], where: dict[str, Any]) -> None:
+    """Make a slot the checkpoint: it holds `sites`; `where` the run is (its keys are the caller's)."""
+    schema.put_attributes(root, {**root.attrs, "checkpoint": {"slot": slot, "sites": list(sites), **where}})
+
+
+def read_checkpoint(root: zarr.Group) -> dict[str, Any] | None:
+    """Where the run is, with the `slot` and its `sites`; None where nothing was stored."""
     found: Any = root.attrs.get("checkpoint")
-    if not found:
-        return None
-    if not found["sites"]:
-        return found, {}
-    group = schema.child(root, f"checkpoint/{found['slot']}")
-    return found, {site: read_site(group, site) for site in found["sites"]}
+    return found or None
+
+
+def read_sums(root: zarr.Group, slot: int, site: str) -> SiteData:
+    """The sums of one site in a slot. StoreError if they are damaged."""
+    return read_site(root, f"checkpoint/{slot}/{site}")
 
 
 def finish(root: zarr.Group, attrs: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import prep
 from prep import StoreError
 from prep.preprocess.verify import verify
 from prep.store import open_store
-from prep.store.checkpoint import read_checkpoint, write_checkpoint
+from prep.store.checkpoint import begin_slot, read_checkpoint, read_sums, use_slot, write_sums
 from prep.store.lock import writer_lock
 
 BATCHES = 10
@@ -60,7 +60,7 @@ def state(path):
     if found.status == "complete":
         return 99, 0
     checkpoint = read_checkpoint(found.root)
-    return (checkpoint[0]["part"], checkpoint[0]["batches"]) if checkpoint else (0, 0)
+    return (checkpoint["part"], checkpoint["batches"]) if checkpoint else (0, 0)
 
 
 def killed(made, folder, name, count):
@@ -175,7 +175,18 @@ def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
     root = prep.store.create_store(tmp_path / "s", {"id": "", "model": {}, "status": "incomplete"}).root
     draw = torch.Generator().manual_seed(0)
     totals["a"].add_input(torch.randn(5, 16, generator=draw), 0)
-    write_checkpoint(root, {"a": totals["a"].sums()}, {"part": 0, "batches": 1})
+
+    def write(batches):
+        slot = begin_slot(root)
+        write_sums(root, slot, "a", totals["a"].sums())
+        use_slot(root, slot, ["a"], {"part": 0, "batches": batches})
+
+    def read():
+        root = open_store(tmp_path / "s").root
+        where = read_checkpoint(root)
+        return where, read_sums(root, where["slot"], "a")
+
+    write(1)
     before = [panel.clone() for panel in totals["a"].sums().second_moment]
     totals["a"].add_input(torch.randn(5, 16, generator=draw), 1)
     for step in range(1, 6):
@@ -191,14 +202,14 @@ def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
 
             monkeypatch.setattr(schema, name, breaks)
         with pytest.raises(OSError, match="gone"):
-            write_checkpoint(root, {"a": totals["a"].sums()}, {"part": 0, "batches": 2})
+            write(2)
         monkeypatch.undo()
-        where, sums = read_checkpoint(open_store(tmp_path / "s").root)
+        where, sums = read()
         assert where["batches"] == 1
-        assert all(torch.equal(a, b) for a, b in zip(sums["a"].second_moment, before, strict=True))
-    write_checkpoint(root, {"a": totals["a"].sums()}, {"part": 0, "batches": 2})
-    where, sums = read_checkpoint(open_store(tmp_path / "s").root)
-    assert where["batches"] == 2 and sums["a"].count == 10
+        assert all(torch.equal(a, b) for a, b in zip(sums.second_moment, before, strict=True))
+    write(2)
+    where, sums = read()
+    assert where["batches"] == 2 and sums.count == 10
 
 
 # Full disks
