@@ -1,8 +1,8 @@
 """Streaming moments: sums over tokens of x, x^2, x x^T and y y^T. Numerics only.
 
-A batch X (n, d) adds X^T X. C is symmetric, so only the block-triangular panels `X[:, a:b]^T X[:, :b]` are formed:
-(p + 1) / 2p of the product and of the memory for p panels. The product is float32, the running sum float64, so the
-error does not grow with the number of batches.
+A batch X (n, d) adds X^T X. C is symmetric: the panels `X[:, a:b]^T X[:, :b]` of p row ranges hold it in (p + 1) / 2p
+of the memory, and are formed in strips that leave out most of what lies above the diagonal. The product is float32, the
+running sum float64, so the error does not grow with the number of batches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from ..store.errors import PrepError
 from ..store.moments import SiteData
 from ..store.schema import panels
+
+STRIP = 192  # rows of one product on a CPU: finer wastes less above the diagonal, until a product is too flat
 
 Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes
 
@@ -37,12 +39,19 @@ class GramSum:
     def add(self, X: Tensor) -> None:
         """Add X^T X of X (n, d), float32 or float64, on any device."""
         for i, (a, b) in enumerate(self.ranges):
-            for product in self.collect(X[:, a:b].T @ X[:, :b]):
-                self.panels[i].add_(product.cpu())
+            strips = -(-(b - a) // STRIP) if X.device.type == "cpu" else 1
+            step = -(-(b - a) // strips)
+            for s in range(a, b, step):
+                e = min(s + step, b)
+                for product in self.collect(X[:, s:e].T @ X[:, :e]):
+                    self.panels[i][s - a : e - a, :e].add_(product.cpu())
 
     def mean(self, count: int) -> list[Tensor]:
         """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
-        return [total.div_(count) for total in self.panels]
+        for panel, (a, b) in zip(self.panels, self.ranges, strict=True):
+            square = panel.div_(count)[:, a:b]
+            square.copy_(square.tril() + square.tril(-1).T)
+        return self.panels
 
 
 class SiteMoments:
