@@ -27,9 +27,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except PrepError as error:
             shown = click.ClickException(" ".join(str(error).split()))
-            vars(shown)["exit_code"] = getattr(error, "exit_code", 2)
-            if getattr(error, "silent", False):  # another process of the job says it
-                sys.exit(shown.exit_code)
+            vars(shown)["exit_code"] = error.exit_code
+            if error.silent:
+                sys.exit(error.exit_code)
             raise shown from error
 
 

@@ -20,7 +20,7 @@ from ..store.errors import PrepError
 from ..store.weights import dtype_name, weight_hash, weight_matrix
 from .experts import home, on_real_rows, watched
 from .moments import SiteMoments, site_elements
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, dealt
 from .sites import DECODER_MASK, MASK, Site, layer_input
 
 Batch = Any  # a dictionary of tensors, unless `forward` takes something else
@@ -34,7 +34,7 @@ class _DeepestSite(Exception):
 
 def accumulators(sites: Sequence[Site], kinds: Mapping[str, str], ranks: Ranks = ALONE) -> dict[str, SiteMoments]:
     """Empty accumulators by site name; kinds: site name -> moment kind. Of several ranks each keeps some of them."""
-    owners = ranks.owners({site.name: site_elements(kinds[site.name], site.shapes) for site in sites})
+    owners = dealt({site.name: site_elements(kinds[site.name], site.shapes) for site in sites}, ranks.local_size)
     return {
         site.name: SiteMoments(
             site.name,
@@ -128,8 +128,7 @@ def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
     if not all(id(home(layer)) in inside for layer in layers.values()):
         body = model
     accepted = inspect.signature(body.forward).parameters
-    # models that count positions from the padding token themselves (RoBERTa) start at another number than 0
-    own_positions = any(hasattr(module, "create_position_ids_from_input_ids") for module in body.modules())
+    own_positions = counts_own_positions(body)
     device = next(body.parameters()).device
 
     def forward(batch: Batch) -> object:
@@ -145,6 +144,11 @@ def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         return body(**inputs)
 
     return watched(forward, layers)
+
+
+def counts_own_positions(model: nn.Module) -> bool:
+    """Whether a model finds positions from its tokens, as RoBERTa does: from the padding token's number on, not from 0."""
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..store.errors import PrepError
 from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard, is_url
 from . import models
-from .calibration import accumulators, evaluating, run_pass
+from .calibration import accumulators, counts_own_positions, evaluating, run_pass
 from .corpus import Corpus, CorpusOptions, load_corpus
 from .estimate import Estimate, estimate
 from .methods import MOMENT_KINDS, one_of
@@ -270,6 +270,8 @@ def _check_fits(model: nn.Module, corpus: Corpus) -> None:
     """Refuse sequences the model has no positions for, and tokens it has no embedding for."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     longest, limit = max(map(len, corpus.sequences)), getattr(config, "max_position_embeddings", None)
+    if limit and counts_own_positions(model):  # from the number after the padding token's on
+        limit -= config.pad_token_id + 1
     if limit and longest > limit:
         raise PrepError(f"sequences of {longest} tokens, the model takes {limit}: use --seq-len {limit} or less")
     top, size = max(int(ids.max()) for ids in corpus.sequences), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]

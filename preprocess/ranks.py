@@ -9,10 +9,13 @@ the order of its additions.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -80,7 +83,7 @@ class Ranks:
         failed = [rank for rank, error in enumerate(errors) if error is not None]
         if failed:
             error = own or PrepError(str(errors[failed[0]]))
-            error.silent = self.rank != failed[0]  # type: ignore[attr-defined]
+            error.silent = self.rank != failed[0]
             raise error
 
     def gather(self, value: T) -> list[T]:
@@ -139,13 +142,45 @@ class Ranks:
         if 0 < (number + 1) % self.size <= self.rank:
             yield None
 
-    def owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """A local rank for every name, so that each gets about the same sum of sizes."""
-        loads, owner = [0] * self.local_size, {}
-        for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
-            owner[name] = loads.index(min(loads))
-            loads[owner[name]] += sizes[name]
-        return owner
+    def brought_together(self, own: Iterable[T]) -> Iterator[T]:
+        """What every rank's iterable gives, on rank 0 as it comes; the other ranks hand theirs over and give nothing."""
+        if self.rank > 0:
+            for item in itertools.chain(own, [None]):
+                with _in_contact():
+                    dist.send_object_list([item], dst=0, device=torch.device("cpu"))
+            return
+        inbox: SimpleQueue = SimpleQueue()
+
+        def receive(source: int) -> None:
+            box: list[Any] = [()]
+            while box[0] is not None:
+                try:
+                    with _in_contact():
+                        dist.recv_object_list(box, src=source, device=torch.device("cpu"))
+                except PrepError as error:
+                    box[0] = None
+                    inbox.put(error)
+                inbox.put(box[0])
+
+        for source in range(1, self.size):
+            threading.Thread(target=receive, args=(source,), daemon=True).start()
+        open_ = self.size - 1
+
+        def arrived(wait: bool) -> Iterator[T]:
+            nonlocal open_
+            while open_ and (wait or not inbox.empty()):
+                item = inbox.get()
+                if isinstance(item, PrepError):
+                    raise item
+                if item is None:
+                    open_ -= 1
+                else:
+                    yield item
+
+        for item in own:
+            yield item
+            yield from arrived(wait=False)
+        yield from arrived(wait=True)
 
     def over_nodes(self, sums: SiteData, count: int) -> SiteData:
         """Sums of one site added over the nodes, right on the first one, where `count` tokens are in them."""
@@ -171,6 +206,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def dealt(sizes: Mapping[str, int], shares: int) -> dict[str, int]:
+    """A share's number for every name, so that all shares have about the same sum of sizes: the largest first."""
+    loads, share = [0] * shares, {}
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        share[name] = loads.index(min(loads))
+        loads[share[name]] += sizes[name]
+    return share
 
 
 @contextlib.contextmanager

@@ -34,8 +34,6 @@ CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large sta
 class Interrupted(PrepError):
     """A signal ended the run after its state was stored; `exit_code` is the shell's for that signal."""
 
-    exit_code = 130
-
 
 class Recovery:
     """Where a run is: `part` (pass number) and `batches` (done in that pass), and how to get there again."""
@@ -97,6 +95,7 @@ class Recovery:
         if stop:
             stopped = Interrupted(f"stopped after {batches} batches, which are stored: the same command resumes")
             stopped.exit_code = 128 + stop
+            stopped.silent = self._ranks.rank > 0
             raise stopped
 
     def _checkpoint(self, totals: Mapping[str, SiteMoments]) -> None:

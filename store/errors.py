@@ -2,7 +2,10 @@
 
 
 class PrepError(Exception):
-    """Bad input or a failed check; the message is one line and the command line exits with code 2."""
+    """Bad input or a failed check; the message is one line. silent: another process of the job says it."""
+
+    exit_code = 2  # of the command line
+    silent = False
 
 
 class StoreError(PrepError):

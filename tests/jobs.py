@@ -38,7 +38,7 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
         try:
             getattr(prep, name)(**options, distributed=True)
         except prep.PrepError as error:
-            if not getattr(error, "silent", False):
+            if not error.silent:
                 out.write(f"Error: {error}\n")
             raise SystemExit(2) from None
 

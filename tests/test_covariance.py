@@ -200,6 +200,15 @@ def test_padding_changes_nothing(make, side, tmp_path):
             assert tiny.relative(moments[layer].mean, x[layer].mean(0)) < 1e-6, (size, layer)
 
 
+def test_positions_that_begin_after_the_padding_token(data, tmp_path):
+    """RoBERTa with 64 embedded positions takes 63 tokens when its padding token is 0."""
+    directory = tiny.save(tiny.roberta(), tmp_path / "model")
+    run = {"num_sequences": 2, "quiet": True}
+    assert prep.covariance(directory, data, store=tmp_path / "63", seq_len=63, **run).corpus["tokens"] == 126
+    with pytest.raises(PrepError, match="sequences of 64 tokens, the model takes 63: use --seq-len 63"):
+        prep.covariance(directory, data, store=tmp_path / "64", seq_len=64, **run)
+
+
 # Which layers
 
 
