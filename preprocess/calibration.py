@@ -147,7 +147,7 @@ def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
 
 
 def counts_own_positions(model: nn.Module) -> bool:
-    """Whether a model finds positions from its tokens, as RoBERTa does: from the padding token's number on, not from 0."""
+    """Whether a model numbers its tokens itself, as RoBERTa does: from the padding token's number on, not from 0."""
     return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 

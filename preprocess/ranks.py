@@ -143,7 +143,7 @@ class Ranks:
             yield None
 
     def brought_together(self, own: Iterable[T]) -> Iterator[T]:
-        """What every rank's iterable gives, on rank 0 as it comes; the other ranks hand theirs over and give nothing."""
+        """What the iterables of all ranks give, on rank 0 as it comes; the others hand theirs over and give nothing."""
         if self.rank > 0:
             for item in itertools.chain(own, [None]):
                 with _in_contact():
