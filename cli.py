@@ -97,7 +97,15 @@ _DTYPES = click.Choice(["auto", "float32", "float64", "bfloat16", "float16"])
     "--dtype", type=_DTYPES, default="auto", help="Of the model; auto: float32 on a CPU, else the checkpoint's."
 )
 @click.option("--device", help="Device of the model.  [default: cuda where there is one]")
-@click.option("--device-map", help="Spread the model over devices (accelerate), such as auto.")
+@click.option(
+    "--device-map",
+    help="Spread a large model over devices and disk (accelerate): auto, balanced, sequential, a device, "
+    'or JSON or a .json file such as {"": "disk", "model.layers.0": 0}.',
+)
+@click.option(
+    "--max-memory",
+    help="What --device-map auto may take of each device, such as 0=20GB,cpu=60GB; the rest goes to disk.",
+)
 @click.option(
     "--compat",
     type=click.Choice(["peft-corda"]),
@@ -181,8 +189,11 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     prep decompose --metric identity --model X   plain SVD, needs no covariance
     """
     from .preprocess.decompose import decompose as run
+    from .preprocess.ranks import launched
 
-    basis = run(store, quiet=quiet, **options)
+    basis = run(store, quiet=quiet, distributed=launched(), **options)
+    if basis is None:  # rank 0 says the rest
+        return
     energies = sorted(record.energy for record in basis.layers.values())
     _say(
         quiet,

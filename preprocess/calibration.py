@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..store import SiteData
 from ..store.errors import PrepError
-from ..store.weights import dtype_name, weight_hash, weight_matrix
+from ..store.weights import dtype_name, parameter, weight_hash, weight_matrix
 from .experts import home, on_real_rows, watched
 from .moments import SiteMoments, site_elements
+from .placement import input_device
 from .ranks import ALONE, Ranks, dealt
 from .sites import DECODER_MASK, MASK, Site, layer_input
 
@@ -129,7 +130,7 @@ def forward_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         body = model
     accepted = inspect.signature(body.forward).parameters
     own_positions = counts_own_positions(body)
-    device = next(body.parameters()).device
+    device = input_device(body)
 
     def forward(batch: Batch) -> object:
         inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
@@ -223,10 +224,12 @@ def _hook(
 
     def take_output(member: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         if y.dtype in (torch.float32, torch.float64):
-            bias = getattr(module, "bias", None)
-            y = state.real(y, site) if bias is None else state.real(y, site) - bias
+            y = state.real(y, site)
+            if getattr(module, "bias", None) is not None:
+                y = y - parameter(module, "bias").to(y.device)
         else:  # a half-precision y has lost what the moment is to keep
-            y = state.real(layer_input(args, kwargs), site).float() @ weight_matrix(module).float().T
+            x = state.real(layer_input(args, kwargs), site).float()
+            y = x @ weight_matrix(module).to(x.device, x.dtype).T
         total.add_output(member, y)
 
     handles: list[Any] = []

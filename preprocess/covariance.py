@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ from ..store.errors import PrepError
 from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard, is_url
 from . import models
-from .calibration import accumulators, counts_own_positions, evaluating, run_pass
-from .corpus import Corpus, CorpusOptions, load_corpus
+from .calibration import accumulators, evaluating, run_pass
+from .checks import check_fits, check_inputs, check_ranks, existing_run
+from .corpus import CorpusOptions, load_corpus
 from .estimate import Estimate, estimate
 from .methods import MOMENT_KINDS, one_of
 from .moments import SiteMoments, moment_kind
+from .placement import placement
 from .plan import make_plan
-from .progress import Progress, say
-from .ranks import Ranks, joined
+from .progress import Progress
+from .ranks import joined
 from .recovery import Recovery
 from .sites import encoder_of, find_sites, other_weights, target_layers
 from .stream import Batches, Mask, Text
@@ -60,7 +61,8 @@ def covariance(
     moment_dtype: str = "float64",
     dtype: str = "auto",
     device: str | None = None,
-    device_map: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
     compat: str | None = None,
     memory_budget: int = 8_000_000_000,
     checkpoint_every: float = 60.0,
@@ -76,6 +78,7 @@ def covariance(
     model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
     tensors that it is called with. mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's
     `attention_mask`. The options from `subset` to `seed` are of `data`, those of loading of a path or hub id.
+    device_map, max_memory: parts of the model on several devices or on disk (see placement.py).
 
     A complete store of the same run is returned as it is, an incomplete one is resumed, one of another run, or of
     batches, is refused unless `overwrite`. Accumulators beyond `memory_budget` bytes are made in several passes; the
@@ -98,8 +101,10 @@ def covariance(
         one_of("--compat", compat, ("peft-corda",))
         if moment != "full" or not isinstance(model, str):
             raise PrepError("--compat peft-corda needs --moment full and a model by path or hub id")
-    loading = {"revision": revision, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    _check_inputs(model, data, batches, mask, {**loading, "dtype": dtype != "auto", "device": device})
+    placed = {"device": device, "device_map": device_map, "max_memory": max_memory}
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype != "auto", **placed}
+    check_inputs(model, data, batches, mask, loading)
+    placement(device, device_map, max_memory)
     options: dict[str, Any] = {
         "targets": list(targets),
         "exclude": list(exclude),
@@ -125,7 +130,7 @@ def covariance(
         quiet = quiet or ranks.rank > 0
         existing, done = None, False
         with ranks.together():
-            _check_ranks(ranks, batches is not None or dry_run, device, device_map)
+            check_ranks(ranks, batches is not None or dry_run, device, device_map)
             stream: Text | Batches
             if isinstance(model, str):
                 model_id: str | None = models.absolute_if_local(model)
@@ -144,7 +149,7 @@ def covariance(
                 "options": options,
             }
             if ranks.rank == 0 and not dry_run:
-                existing, done = _existing(store, wanted, overwrite, quiet)
+                existing, done = existing_run(store, wanted, overwrite, quiet)
         if ranks.first(lambda: done):
             return existing
 
@@ -154,14 +159,15 @@ def covariance(
                     str(model_id),
                     revision=revision,
                     dtype=dtype,
-                    device=device or ranks.device,
+                    device=None if device_map is not None else device or ranks.device,
                     device_map=device_map,
+                    max_memory=max_memory,
                     trust_remote_code=trust_remote_code,
                 )
             else:
                 net = model
             if isinstance(stream, Text):
-                _check_fits(net, stream.corpus)
+                check_fits(net, stream.corpus)
             layers_by_name = target_layers(net, targets, exclude, layers)
             forward = stream.forward(net, layers_by_name)
             with evaluating(net):
@@ -226,90 +232,3 @@ def covariance(
 
 def _id(wanted: dict[str, Any]) -> str:
     return content_hash([json.dumps(wanted, sort_keys=True)])
-
-
-def _check_inputs(
-    model: str | nn.Module, data: str | None, batches: Any, mask: Mask | None, loading: dict[str, Any]
-) -> None:
-    """Refuse combinations that make no sense; loading: options that only a path or hub id has, by name."""
-    if (data is None) == (batches is None):
-        raise PrepError("give either data=, or batches= for a model of your own")
-    if batches is None and mask is not None:
-        raise PrepError("mask= belongs to batches=: text is masked by its tokenizer")
-    if not isinstance(model, str):
-        if data is not None:
-            raise PrepError("data= needs the tokenizer of a path or hub id: name the model so, or give batches=")
-        given = [name for name, value in loading.items() if value]
-        if given:
-            raise PrepError(f"{given[0]}= is for loading a path or hub id: prepare the module itself")
-
-
-def _check_ranks(ranks: Ranks, alone: bool, device: str | None, device_map: str | None) -> None:
-    """Refuse what several processes cannot do. alone: a job for one process is asked for."""
-    if ranks.size == 1:
-        return
-    if alone:
-        raise PrepError(
-            f"batches= and --dry-run are for one process, these are {ranks.size}: start it without torchrun"
-        )
-    if ranks.local_size == 1:
-        return
-    if device is not None and ":" in device:
-        raise PrepError(f"--device {device} would hold {ranks.local_size} processes: leave it out, each takes its own")
-    devices = [visible.split(",") for visible in ranks.gather(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))]
-    for i in range(0, ranks.size, ranks.local_size):
-        own = [name for visible in devices[i : i + ranks.local_size] for name in visible]
-        if device_map is not None and len(set(own)) < len(own):
-            raise PrepError(
-                "--device-map spreads the model over every device that a process sees, and the processes of a node see "
-                "the same ones: start one per node, or give each its own CUDA_VISIBLE_DEVICES"
-            )
-
-
-def _check_fits(model: nn.Module, corpus: Corpus) -> None:
-    """Refuse sequences the model has no positions for, and tokens it has no embedding for."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    longest, limit = max(map(len, corpus.sequences)), getattr(config, "max_position_embeddings", None)
-    if limit and counts_own_positions(model):  # from the number after the padding token's on
-        limit -= config.pad_token_id + 1
-    if limit and longest > limit:
-        raise PrepError(f"sequences of {longest} tokens, the model takes {limit}: use --seq-len {limit} or less")
-    top, size = max(int(ids.max()) for ids in corpus.sequences), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    if top >= size:
-        raise PrepError(f"the tokenizer gives token {top}, the model embeds {size} tokens: they do not belong together")
-
-
-def _existing(location: str | Path, wanted: dict[str, Any], overwrite: bool, quiet: bool) -> tuple[Store | None, bool]:
-    """The store that is there, if its run is the wanted one or it holds bases only, and whether the run is complete.
-
-    PrepError where it holds another run.
-    """
-    path = Path(location)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return None, False
-    found = open_store(location)
-    if overwrite:
-        return None, False
-    sections = ["model"] if found.corpus is None else ["model", "corpus", "options"]
-    differences = []
-    for section in sections:
-        have = found.attrs[section]
-        for key, value in wanted[section].items():
-            if key == "revision" and value is None:
-                continue
-            if have.get(key) != value:
-                differences.append(f"{section} {key}: {have.get(key)!r} there, {value!r} asked for")
-    if found.corpus is not None and wanted["corpus"]["source"] == "batches":
-        raise PrepError(
-            f"{location} holds moments, and batches cannot be compared with theirs: "
-            "name another store, or replace it with overwrite=True"
-        )
-    if differences:
-        raise PrepError(
-            f"{location} holds a run with other options ({'; '.join(differences)}): "
-            "name another --store, or replace it with --overwrite"
-        )
-    done = found.status == "complete" and found.corpus is not None
-    if done:
-        say(f"{location} is complete and was made with the same options: nothing to do", quiet)
-    return found, done

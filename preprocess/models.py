@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import json
+import logging
 import os
+import tempfile
 import textwrap
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from torch import nn
 from ..store.errors import PrepError
 from ..store.schema import content_hash
 from ..store.weights import dtype_name
+from .placement import computes_on_cpu, partition, placement
 from .sites import block_index
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,37 +54,49 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
-    device_map: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model in evaluation mode, as the class its configuration names, from safetensors only.
 
     dtype "auto": the checkpoint's on an accelerator, float32 on a CPU, where half precision is slow and less exact.
+    device_map, max_memory: see placement.py. Weights that go to disk stay in the checkpoint; those that it holds in
+    another form are written to a folder in TMPDIR, which goes with the model or the process.
     PrepError if it cannot be loaded, or the checkpoint lacks weights of the blocks, which would be random.
     """
     import transformers
 
+    devices, memory = placement(device, device_map, max_memory)
     config = load_config(model, revision, trust_remote_code)
     try:
-        on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+        on_cpu = torch.device(device or "cpu").type == "cpu" if devices is None else computes_on_cpu(devices, memory)
     except RuntimeError as error:
         raise PrepError(f"--device {device!r} does not exist: write it like cpu, cuda or cuda:1") from error
     torch_dtype = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
     names = getattr(config, "architectures", None) or []
     auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
-    loaded: Any
-    with _one_line(model), _quiet(transformers):
+    if isinstance(devices, dict):
+        with _one_line(model):
+            empty = _without_weights(auto, config, trust_remote_code)
+        devices = partition(empty, devices)
+    with _one_line(model), _quiet(transformers), contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prep-offload-")) if devices else None
+        loaded: Any
         loaded, report = auto.from_pretrained(  # type: ignore[misc]
             model,
             config=config,
             revision=revision,
             dtype=torch_dtype,
-            device_map=device_map,
+            device_map=devices,
+            max_memory=memory,
+            offload_folder=folder,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
         )
+        weakref.finalize(loaded, stack.pop_all().close)
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     in_blocks = sorted(name for name in random if block_index(name) is not None)
     if in_blocks:
@@ -87,12 +104,23 @@ def load_model(
             f"the checkpoint {model} has no {in_blocks[0]} of the shape that its config.json says"
             f" ({len(in_blocks)} such weights): complete it, or name another --model"
         )
-    if device_map is None and device is not None:
+    if device is not None:
         try:
             loaded = loaded.to(device)
         except (RuntimeError, AssertionError) as error:
             raise PrepError(f"--device {device} cannot be used: {_first_line(error)}") from error
     return loaded.eval()
+
+
+def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> nn.Module:
+    """The modules of the model that `auto` would load, on the meta device."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(config)
+    with init_empty_weights():
+        if hasattr(auto, "from_config"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+        return auto(config)
 
 
 def config_hash(config: Any) -> str:
@@ -143,19 +171,23 @@ def _one_line(model: str, what: str = "model") -> Iterator[None]:
         if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
             raise PrepError(f"no {what} at {model}: give a directory with config.json or a hub id") from error
         said = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        raise PrepError(f"cannot load the {what} {model} ({said}): check --model") from error
+        full = "No space left" in str(error)
+        advice = "set TMPDIR, where offloaded experts go, or HF_HOME to a larger disk" if full else "check --model"
+        raise PrepError(f"cannot load the {what} {model} ({said}): {advice}") from error
 
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars, and no report on the weights, which is read instead."""
-    log = transformers.utils.logging
-    shown, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    """No bars, no report on the weights, which is read instead, and no warning of what a device map asks for."""
+    log, accelerate = transformers.utils.logging, logging.getLogger("accelerate")
+    shown, verbosity, level = log.is_progress_bar_enabled(), log.get_verbosity(), accelerate.level
     log.disable_progress_bar()
     log.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        accelerate.setLevel(level)
         log.set_verbosity(verbosity)
         if shown:
             log.enable_progress_bar()

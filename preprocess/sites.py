@@ -156,6 +156,13 @@ def find_sites(
     try:
         with torch.no_grad():
             forward()
+    except (NotImplementedError, RuntimeError) as error:  # such as `x.to(self.embed_tokens.weight.device)`
+        if not re.search(r"\bmeta\b", str(error)):
+            raise
+        raise PrepError(
+            "the model looks at a weight that is on disk from outside of its module: keep the embedding off it, "
+            """such as --device-map '{"": "disk", "model.embed_tokens": "cpu"}'"""
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -218,8 +225,8 @@ def _with_all_experts(
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    """True for one tensor, also after it was moved to another device."""
-    return x is y or (x.device != y.device and x.shape == y.shape and torch.equal(x, y.to(x.device)))
+    """True for one tensor, also after it was moved to another device, or there and back."""
+    return x is y or (x.shape == y.shape and torch.equal(x, y.to(x.device)))
 
 
 def _narrowed(names: set[str], exclude: Sequence[str], layers: str | None) -> set[str]:

@@ -18,6 +18,7 @@ from ..store.errors import PrepError
 from .calibration import Batch, Forward, forward_of, text_masks
 from .corpus import Corpus
 from .experts import watched
+from .placement import input_device
 from .sites import DECODER_MASK, MASK
 
 PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found
@@ -83,7 +84,7 @@ class Batches:
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         """Calls the model with a batch, moved to the model's device."""
-        device = next(chain(model.parameters(), model.buffers())).device
+        device = input_device(model)
 
         def here(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value

@@ -1,11 +1,17 @@
-"""Linear layers as matrices: one orientation, one hash.
+"""Linear layers as matrices: one orientation, one hash, wherever the weight is.
 
-Every formula of the project uses `W (d_out, d_in)` with `y = x @ W.T`, whatever a module calls its parameter.
+Every formula of the project uses `W (d_out, d_in)` with `y = x @ W.T`, whatever a module calls its parameter. The
+weights of a model that accelerate spread over devices are partly kept elsewhere: in memory, or in a file.
 """
+
+import copy
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
+
+from .errors import PrepError
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -21,15 +27,43 @@ def is_linear(module: nn.Module) -> bool:
 def layer_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, from its features and not from a possibly packed weight."""
     if is_conv1d(module):
-        d_in, d_out = weight_matrix(module).T.shape
+        d_in, d_out = module.weight.shape  # type: ignore[union-attr, misc]
         return int(d_out), int(d_in)
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The layer's weight as W (d_out, d_in), a view that shares the parameter's memory."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    """The layer's weight as W (d_out, d_in): a view that shares the parameter's memory, or what `parameter` reads."""
+    weight = parameter(module, "weight")
     return weight.T if is_conv1d(module) else weight
+
+
+def parameter(module: nn.Module, key: str) -> Tensor:
+    """The parameter `key` of a module with its values, read from where accelerate keeps it if it is offloaded.
+
+    The module stays as it is and nothing is kept: from a file of the same dtype it is a mapped view. PrepError if the
+    values are nowhere.
+    """
+    value: Tensor = getattr(module, key).detach()
+    if not value.is_meta:
+        return value
+    hook = offload_hook(module)
+    if hook is None:
+        what = f"the {key} {tuple(value.shape)} of a {type(module).__name__}"
+        raise PrepError(f"{what} is on the meta device, without values: load the model with its weights")
+    kept = hook.weights_map
+    source: Any = getattr(kept, "dataset", None)
+    if hasattr(source, "device"):  # it reads files onto the device that computes: whole, even where a part is wanted
+        source = copy.copy(source)
+        source.device = "cpu"
+        return source[kept.prefix + key].detach()
+    return kept[key].detach()
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """accelerate's hook that brings a module's parameters into memory for each call, None where they stay there."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -143,6 +143,20 @@ prep.attach(model, "prep.zarr", layers=r"^(?!.*\\.experts\\.)")
 Experts are many: `--memory-budget` cuts the calibration into passes, `--moment auto` keeps output moments where the
 input is wide, `--exclude experts` leaves them out.
 
+## Larger than one device
+
+```
+prep covariance --model M --data D --device-map auto
+prep covariance --model M --data D --device-map auto --max-memory 0=20GB,cpu=60GB
+prep covariance --model M --data D --device-map '{{"": "disk", "model.layers.0": 0}}'
+```
+
+`--device-map` spreads a model over devices, memory and disk with accelerate: `auto`, `balanced` or `sequential`, one
+device, or a map (also a .json file) from modules to devices. The moments, sites and hashes are those of the model in
+one place. Weights on disk stay in the checkpoint and are read in every forward pass: large batches and one pass
+(`--batch-size`, `--memory-budget`) save time. Experts that the checkpoint holds one by one are written to a folder in
+`TMPDIR` for the time of the run. Layers whose shared input is copied to another device have a site each.
+
 ## Encoder-decoders
 
 Keys and values of the cross attention read the encoder's output and have its mask; the rest of the decoder has the
