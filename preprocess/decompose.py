@@ -5,9 +5,11 @@ Moments are read once per site, the numerics are whitening.py's; this file moves
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Store, create_store, open_store
+from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Moments, Store, create_store, open_store
+from ..store.bases import LayerDone
 from ..store.errors import PrepError, StoreError
 from ..store.lock import writer_lock
 from ..store.schema import content_hash, disk_guard, is_url
@@ -25,9 +28,10 @@ from . import models
 from .experts import expert_layers
 from .methods import Method, basis_name, check, method_for, one_of
 from .progress import Progress, say
+from .ranks import Ranks, dealt, joined
 from .sites import target_layers
 from .whitening import WhitenedSVD, spectrum_size
-from .workers import decomposed
+from .workers import cost, decomposed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -52,13 +56,17 @@ def decompose(
     break_lock: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> BasisSet:
+    distributed: bool = False,
+) -> BasisSet | None:
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
 
     for_: a published method (a row of PUBLISHED); metric, power, select and center override its choices. model: a path,
     hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With metric
     identity and `model`, no store need exist. A basis that is there with the same options is returned, an incomplete
     one resumed, another one refused unless `overwrite`.
+
+    distributed: every process of a torchrun job, or of an initialised torch.distributed, calls it alike, sees the store
+    and takes some of the layers; rank 0 returns the basis, the others None.
 
     Raises PrepError for bad input and StoreError where the store cannot serve it.
     """
@@ -77,66 +85,88 @@ def decompose(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "zarr.json":
         raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
     one_of("--dtype", dtype, tuple(DTYPE_BYTES))
-    found = _open(store, method, model)
-    layers = _checked_layers(found, method) if found is not None else None
-    if found is not None and name in found.bases:
-        done = _existing(found, name, method, dtype, model, overwrite, quiet)
-        if done is not None and done.status == "complete":
+    with joined(distributed) as ranks:
+        quiet = quiet or ranks.rank > 0
+        done = None
+        with ranks.together():
+            found = _open(store, method, model)
+            layers = _checked_layers(found, method) if found is not None else None
+            if found is not None and name in found.bases:
+                done = _existing(found, name, method, dtype, model, overwrite, quiet)
+        if ranks.first(lambda: done is not None and done.status == "complete"):
             return done
 
-    if model is None and found is not None:
-        revision = found.model.get("revision")
-    if isinstance(model, nn.Module):
-        net, source = model, None
-    else:
-        source = _source(model, found)
-        net = models.load_model(
-            source,
-            revision=revision,
-            dtype=found.model["dtype"] if found is not None else "float32",
-            device="cpu",
-            trust_remote_code=trust_remote_code,
-        )
-    modules = _matching_modules(net, layers, found)
-    for layer, module in modules.items():
-        if not torch.isfinite(weight_matrix(module)).all():
-            raise PrepError(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
-    shapes = {layer: layer_shape(module) for layer, module in modules.items()}
-    groups = _groups(shapes, method)
-    with disk_guard(store, _bytes(groups, dtype)), writer_lock(store, break_lock):
-        if found is None:
-            found = _store_without_moments(store, net, source, revision)
-        root = open_store(store, "r+").root
-        resumed = name in found.bases and not overwrite
-        if not resumed:
-            BasisWriter.create(
-                root,
-                name,
-                method=asdict(method),
-                dtype=dtype,
-                model=models.describe(net, source, revision),
-                groups=groups,
-            )
-        writer = BasisWriter.resume(root, name)
-        done_layers = found.bases.open(name).layers if resumed else {}
-        todo = {
-            layer: module
-            for layer, module in modules.items()
-            if layer not in done_layers or done_layers[layer].weight_hash != weight_hash(weight_matrix(module))
-        }
-        moments = None if check(None, method) is None else found.moments
-        try:
-            with Progress(f"decompose {name}", len(todo), "layers", quiet) as progress:
-                for layer, weight, result in decomposed(moments, todo, method):
+        with ranks.together():
+            if model is None and found is not None:
+                revision = found.model.get("revision")
+            if isinstance(model, nn.Module):
+                net, source = model, None
+            else:
+                source = _source(model, found)
+                net = models.load_model(
+                    source,
+                    revision=revision,
+                    dtype=found.model["dtype"] if found is not None else "float32",
+                    device="cpu",
+                    trust_remote_code=trust_remote_code,
+                )
+            modules = _matching_modules(net, layers, found)
+            for layer, module in modules.items():
+                if not torch.isfinite(weight_matrix(module)).all():
+                    raise PrepError(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
+        shapes = {layer: layer_shape(module) for layer, module in modules.items()}
+        groups = _groups(shapes, method)
+        with contextlib.ExitStack() as held, disk_guard(store, _bytes(groups, dtype) if ranks.rank == 0 else 0):
+
+            def begin() -> list[str]:
+                """Take the lock, begin or find the basis, and list the layers to do."""
+                held.enter_context(writer_lock(store, break_lock))
+                if found is None:
+                    _store_without_moments(store, net, source, revision)
+                root = open_store(store, "r+").root
+                if done is None:
+                    described = models.describe(net, source, revision)
+                    BasisWriter.create(root, name, method=asdict(method), dtype=dtype, model=described, groups=groups)
+                    return list(modules)
+                return [
+                    layer
+                    for layer, module in modules.items()
+                    if layer not in done.layers or done.layers[layer].weight_hash != weight_hash(weight_matrix(module))
+                ]
+
+            todo = ranks.first(begin)
+            writer = BasisWriter.resume(open_store(store, "r+").root, name)
+            moments = None if found is None or check(None, method) is None else found.moments
+            own = _share(todo, moments, shapes, ranks)
+
+            def results() -> Iterator[LayerDone]:
+                mine = {layer: modules[layer] for layer in own}
+                for layer, weight, result in decomposed(moments, mine, method, ranks.local_size):
                     group = groups[shapes[layer]]
                     record = _record(result, shapes[layer], group["layers"].index(layer), weight)
                     U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
-                    writer.write(layer, U, S, P, spectrum[: group["spectrum"]], record)
-                    progress.advance(1)
-        finally:
-            writer.flush()  # an interruption loses no layer
-        writer.finish()
-    return open_store(store).bases[name]
+                    yield writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)
+
+            try:
+                with Progress(f"decompose {name}", len(todo), "layers", quiet) as progress:
+                    for layer_done in ranks.brought_together(results()):
+                        writer.note(layer_done)
+                        progress.advance(1)
+            finally:
+                if ranks.rank == 0:
+                    writer.flush()  # an interruption loses no layer
+            ranks.first(writer.finish)
+        return open_store(store).bases[name] if ranks.rank == 0 else None
+
+
+def _share(todo: list[str], moments: Moments | None, shapes: Mapping[str, tuple[int, int]], ranks: Ranks) -> list[str]:
+    """The layers of this rank: whole sites, so that each moment is read once, and about the same work for all."""
+    site = {layer: moments[layer].site if moments is not None else layer for layer in todo}
+    work: dict[str, int] = {}
+    for layer in todo:
+        work[site[layer]] = work.get(site[layer], 0) + cost(shapes[layer])
+    rank = dealt(work, ranks.size)
+    return [layer for layer in todo if rank[site[layer]] == ranks.rank]
 
 
 def _source(model: str | None, found: Store | None) -> str:

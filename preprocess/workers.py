@@ -22,14 +22,16 @@ from .whitening import Moment, WhitenedSVD, whitened_svd
 
 
 def decomposed(
-    moments: Moments | None, modules: Mapping[str, nn.Module], method: Method
+    moments: Moments | None, modules: Mapping[str, nn.Module], method: Method, processes: int = 1
 ) -> Iterator[tuple[str, Tensor, WhitenedSVD]]:
     """(layer, W (d_out, d_in), result) as they are done; at most two sites per worker are held in memory.
 
-    moments: of the layers' inputs, None where the method needs none. PrepError names the layer that failed.
+    moments: of the layers' inputs, None where the method needs none. processes: how many share the machine's cores.
+    PrepError names the layer that failed.
     """
     sites = _by_site(moments, modules)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // processes)
     workers = max(1, min(cores, len(sites)))
     queue = iter(sites)
     running: set[Future] = set()
@@ -55,11 +57,16 @@ def _by_site(moments: Moments | None, modules: Mapping[str, nn.Module]) -> list[
     else:
         groups = [[layer for layer in site if layer in modules] for site in moments.sites.values()]
 
-    def cost(layers: list[str]) -> int:
-        shapes = [layer_shape(modules[layer]) for layer in layers]
-        return sum(d_in * d_in * d_out + min(d_out, d_in) ** 3 * 10 for d_out, d_in in shapes)
+    def work(layers: list[str]) -> int:
+        return sum(cost(layer_shape(modules[layer])) for layer in layers)
 
-    return sorted((group for group in groups if group), key=cost, reverse=True)
+    return sorted((group for group in groups if group), key=work, reverse=True)
+
+
+def cost(shape: tuple[int, int]) -> int:
+    """Predicted work of a layer (d_out, d_in): the product with its second moment, and the eigenvectors."""
+    d_out, d_in = shape
+    return d_in * d_in * d_out + min(shape) ** 3 * 10
 
 
 def _decompose_site(

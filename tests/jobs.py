@@ -23,15 +23,16 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
     os.environ.update(environment)
     torch.set_num_threads(1)
     left = [die_after]
-    for kind, method in ((Recovery, "batch_done"), (BasisWriter, "write")):
+    for kind, method in ((Recovery, "batch_done"), (BasisWriter, "put")):
         whole = getattr(kind, method)
 
         def counted(self, *arguments, whole=whole, **named):
-            whole(self, *arguments, **named)
+            result = whole(self, *arguments, **named)
             if left[0] is not None:
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
         setattr(kind, method, counted)
     with open(said, "a", buffering=1) as out, contextlib.redirect_stderr(out):
