@@ -82,9 +82,9 @@ class Ranks:
         errors = self.gather(None if own is None else str(own))
         failed = [rank for rank, error in enumerate(errors) if error is not None]
         if failed:
-            error = own or PrepError(str(errors[failed[0]]))
-            error.silent = self.rank != failed[0]
-            raise error
+            told = own or PrepError(str(errors[failed[0]]))
+            told.silent = self.rank != failed[0]
+            raise told
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""

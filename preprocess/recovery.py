@@ -58,8 +58,9 @@ class Recovery:
         self._due = time.monotonic() + every
         found = ranks.first(lambda: self._resume(quiet))
         self._begun = found is not None
-        self._slot, self._stored = (found["slot"], found["sites"]) if found else (0, [])
-        self.part, self.batches = (int(found["part"]), int(found["batches"])) if found else (0, 0)
+        where = found or {"slot": 0, "sites": [], "part": 0, "batches": 0}
+        self._slot, self._stored = int(where["slot"]), list(where["sites"])
+        self.part, self.batches = int(where["part"]), int(where["batches"])
 
     def _resume(self, quiet: bool) -> dict[str, Any] | None:
         """What the store says of the state that it holds."""
