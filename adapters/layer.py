@@ -21,8 +21,8 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, U: Tensor, P: Tensor, core: Core):
         super().__init__()
         self.base_layer = base_layer
-        self.Ut = nn.Parameter(_own_storage(U.T), requires_grad=False)
-        self.P = nn.Parameter(_own_storage(P), requires_grad=False)
+        self.Ut = nn.Parameter(U.T.contiguous(), requires_grad=False)
+        self.P = nn.Parameter(P.contiguous(), requires_grad=False)
         self.core = core
         self.out_features, self.in_features = layer_shape(base_layer)
 
@@ -66,8 +66,3 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {len(self.P)}"
-
-
-def _own_storage(x: Tensor) -> Tensor:
-    """x, contiguous, on the same memory: a slice of an array that all layers share would look like a tied weight."""
-    return torch.from_dlpack(x.detach().contiguous())

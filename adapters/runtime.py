@@ -7,6 +7,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .cores import CORES, Core
 from .layer import AdaptedLinear
 from .verify import check_weight, is_plain, tensors_of
 
+CHECKERS = 4  # threads
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -140,12 +142,12 @@ def install(
 
     The model changes only when all layers are built.
     """
+    if verify:
+        _check_weights(modules, parts, origin)
     coefficient = Coefficient()
     layers = {}
     for name, module in modules.items():
         U, S, P = parts[name]
-        if verify:
-            check_weight(name, module, U, S, P, origin.weights[name], origin.identity)
         weight = tensors_of(module)[0]
         dtype = weight.dtype if is_plain(module) else U.dtype
         U, P, S = U.to(weight.device, dtype), P.to(weight.device, dtype), S.to(weight.device)
@@ -204,6 +206,20 @@ def unmerge(model: nn.Module) -> None:
         layer.base_layer.weight = adapter.originals.pop(name)
         layer.to(device)  # the model may have been moved without it
     _insert(owner, adapter)
+
+
+def _check_weights(
+    modules: dict[str, nn.Module], parts: dict[str, tuple[Tensor, Tensor, Tensor]], origin: Origin
+) -> None:
+    """`check_weight` of every layer, on a few threads: one alone does not hash as fast as the memory can be read."""
+
+    def check(names: list[str]) -> None:
+        for name in names:
+            check_weight(name, modules[name], *parts[name], origin.weights[name], origin.identity)
+
+    names = list(modules)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        list(pool.map(check, (names[i::CHECKERS] for i in range(CHECKERS))))
 
 
 def _fill(name: str, layer: AdaptedLinear, state: dict[str, Tensor]) -> None:

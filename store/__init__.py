@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .artifact import Store, create_store, open_store
-    from .bases import Bases, Basis, BasisSet, BasisWriter, LayerRecord
+    from .bases import Bases, BasisWriter
+    from .basis import Basis, BasisSet, LayerRecord
     from .moments import LayerMoment, Moments, SiteData, begin_moments, read_site, write_site, write_sites
 
 _EXPORTS = {
     **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
-    **dict.fromkeys(("Bases", "Basis", "BasisSet", "BasisWriter", "LayerRecord"), ".bases"),
+    **dict.fromkeys(("Bases", "BasisWriter"), ".bases"),
+    **dict.fromkeys(("Basis", "BasisSet", "LayerRecord"), ".basis"),
     **dict.fromkeys(
         ("LayerMoment", "Moments", "SiteData", "begin_moments", "read_site", "write_site", "write_sites"), ".moments"
     ),

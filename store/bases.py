@@ -1,176 +1,26 @@
-"""Decompositions in a store: /bases/<name>/<d_out>x<d_in>/, the layers of one shape stacked (n of them, rank up to R).
+"""The bases of a store: found by name, and written layer by layer.
 
-U (n, R, d_out)   orthonormal rows: the transpose of each layer's U, so that a rank slice is contiguous
-S (n, R)          float64
-P (n, R, d_in)    the oblique input projector, S^-1 U^T W
-spectrum (n, k)   singular values of W M, float64, descending
+A layer that counts as done survives an interruption. U and P go to the store as they come. S and spectra of many layers
+share a chunk, so they are kept in memory and written by `flush`, before the attributes that call their layers done.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import zarr
 from torch import Tensor
 
 from . import schema
+from .basis import BasisSet, LayerRecord, Place, group_arrays, group_key
 from .errors import StoreError
 
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What is known of one layer's basis without reading its arrays.
-
-    rank: stored directions; energy: their share of sum S^2; tail: sqrt of the sum of S_i^2 of all others, which is
-    ||(W - U S P) M||_F; bound: certified factor of tail^2 over its optimum (1 where the solver is exact).
-    """
-
-    shape: tuple[int, int]
-    index: int
-    rank: int
-    energy: float
-    tail: float
-    numerical_rank: int
-    solver: str
-    bound: float
-    weight_hash: str
-    weight_dtype: str
-    hash: str = ""
-
-
-_RECORD_TYPES = {"int": (int,), "float": (int, float), "str": (str,)}
-
-
-def _record(layer: str, found: dict[str, Any], layers: list[str], rank: int) -> LayerRecord:
-    """One record as the attributes give it, checked against its group's layers and rank."""
-    record = LayerRecord(**{**found, "shape": schema.check_shape(found["shape"], layer)})
-    for field in fields(LayerRecord):
-        kinds = _RECORD_TYPES.get(str(field.type))
-        if kinds and type(getattr(record, field.name)) not in kinds:
-            raise ValueError(field.name)
-    if layers[record.index] != layer or record.index < 0 or not 1 <= record.rank <= rank:
-        raise ValueError(layer)
-    return record
-
-
-def group_arrays(shape: tuple[int, int], n: int, R: int, k: int, dtype: str) -> dict[str, schema.Layout]:
-    """The arrays of n stacked layers of one shape, R directions and k singular values each."""
-    d_out, d_in = shape
-    slab = min(R, schema.SLAB)
-    return {
-        "U": schema.Layout((n, R, d_out), (1, slab, d_out), (dtype,)),
-        "P": schema.Layout((n, R, d_in), (1, slab, d_in), (dtype,)),
-        "S": schema.Layout((n, R), (1, R), ("float64",)),
-        "spectrum": schema.Layout((n, k), (1, k), ("float64",)),
-    }
-
-
-@dataclass(frozen=True)
-class Basis:
-    """The basis of one layer: U (d_out, r), S (r,), P (r, d_in)."""
-
-    U: Tensor
-    S: Tensor
-    P: Tensor
-    record: LayerRecord
-    _spectrum: Callable[[], Tensor]
-
-    @property
-    def spectrum(self) -> Tensor:
-        """The singular values of W M (k,), read when asked for: training does not need them."""
-        return self._spectrum()
-
-    @property
-    def energy(self) -> float:
-        """Share of the squared spectrum that all stored directions capture."""
-        return self.record.energy
-
-
-class BasisSet(Mapping[str, Basis]):
-    """One named basis of a store: layer name -> Basis. Opening it reads attributes only."""
-
-    def __init__(self, name: str, group: zarr.Group):
-        required = {"status": str, "method": dict, "dtype": str, "groups": dict, "layers": dict, "model": dict}
-        attrs = schema.attributes(group, required)
-        self.name, self._group = name, group
-        self.status = str(attrs["status"])
-        self.method: dict[str, Any] = attrs["method"]
-        self.dtype = str(attrs["dtype"])
-        self.model: dict[str, Any] = attrs["model"]
-        self.hash = str(attrs.get("hash", ""))
-        try:
-            self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
-            self.layers = {
-                layer: _record(layer, record, *_group_of(self._groups, record))
-                for layer, record in attrs["layers"].items()
-            }
-            if self.dtype not in schema.DTYPES:
-                raise ValueError(self.dtype)
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-            raise StoreError(f"the attributes of basis {name!r} are damaged: restore the store from a copy") from error
-        self.expected = [layer for group in self._groups.values() for layer in group["layers"]]
-
-    def __repr__(self) -> str:
-        return f"BasisSet({self.name!r}, {len(self.layers)} layers, {self.method})"
-
-    def __getitem__(self, layer: str) -> Basis:
-        return self.read([layer])[layer]
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self.layers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def read(self, layers: Iterable[str] | None = None, rank: int | None = None) -> dict[str, Basis]:
-        """The bases of `layers` (all by default), sliced to the first `rank` directions: one read per array.
-
-        A layer whose stored rank is below `rank` comes with all it has. StoreError for an unknown layer.
-        """
-        wanted = list(self.layers) if layers is None else list(layers)
-        for layer in wanted:
-            if layer not in self.layers:
-                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}; `prep info` lists its layers")
-        out: dict[str, Basis] = {}
-        for shape in sorted({self.layers[layer].shape for layer in wanted}):
-            members = [layer for layer in wanted if self.layers[layer].shape == shape]
-            out.update(self._read_group(shape, members, rank))
-        return {layer: out[layer] for layer in wanted}
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The shapes (d_out, d_in) of its layers."""
-        return list(self._groups)
-
-    def arrays(self, shape: tuple[int, int]) -> dict[str, schema.Layout]:
-        """The arrays of the layers of one shape, by role."""
-        group = self._groups[shape]
-        return group_arrays(shape, len(group["layers"]), group["rank"], group["spectrum"], self.dtype)
-
-    def _read_group(self, shape: tuple[int, int], members: list[str], rank: int | None) -> dict[str, Basis]:
-        rows = [self.layers[layer].index for layer in members]
-        first, last = min(rows), max(rows) + 1
-        chosen = (slice(first, last), slice(0, rank))
-        U, P, S = (
-            schema.read(schema.open_array(self._group, f"{group_key(shape)}/{role}", layout), chosen)
-            for role, layout in self.arrays(shape).items()
-            if role != "spectrum"
-        )
-        return {
-            layer: Basis(U[i].T, S[i], P[i], self.layers[layer], partial(self._read_spectrum, shape, i + first))
-            for layer, i in ((layer, self.layers[layer].index - first) for layer in members)
-        }
-
-    def _read_spectrum(self, shape: tuple[int, int], row: int) -> Tensor:
-        layout = self.arrays(shape)["spectrum"]
-        return schema.read(schema.open_array(self._group, f"{group_key(shape)}/spectrum", layout), row)
+FLUSH_SECONDS = 1.0
+FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer
 
 
 class Bases(Mapping[str, BasisSet]):
@@ -207,14 +57,34 @@ class Bases(Mapping[str, BasisSet]):
         return len(self.names)
 
 
-class BasisWriter:
-    """Writes one basis layer by layer; what is written survives an interruption and need not be computed again."""
+@dataclass(frozen=True)
+class LayerDone:
+    """A layer whose U and P are in the store, with what is not: S (r,), spectrum (k,), float64."""
 
-    def __init__(self, root: zarr.Group, name: str, attrs: dict[str, Any]):
-        self._group = root.require_group(f"bases/{name}")
-        self._attrs = attrs
-        self._flushed = time.monotonic()
-        self._arrays: dict[str, Any] = {}
+    layer: str
+    record: LayerRecord
+    S: Tensor
+    spectrum: Tensor
+
+
+class BasisWriter:
+    """Writes one basis of a store. What is written counts as done at the next `flush`."""
+
+    def __init__(self, group: zarr.Group, basis: BasisSet, attrs: dict[str, Any]):
+        self._group, self._attrs = group, attrs
+        self._arrays = basis.open_arrays(basis.shapes, ("U", "P", "S", "spectrum"))
+        # the rows of layers to come are NaN, as the fill value
+        self._rows = {
+            place: torch.full(array.layout.shape, torch.nan, dtype=torch.float64)
+            for place, array in self._arrays.items()
+            if place[1] in ("S", "spectrum")
+        }
+        done = [((r.shape, role), r.index) for r in basis.layers.values() for role in ("S", "spectrum")]
+        found = schema.read_each([(self._arrays[place], (slice(i, i + 1),)) for place, i in done])
+        for (place, i), values in zip(done, found, strict=True):
+            self._rows[place][i] = values[0]
+        self._changed: set[tuple[Place, int]] = set()
+        self._due = time.monotonic() + FLUSH_SECONDS
 
     @classmethod
     def create(
@@ -234,41 +104,58 @@ class BasisWriter:
         others = [other for other in kept["bases"] if other != name]
         # listed again when its arrays are there, so that a listed basis can be resumed
         schema.put_attributes(root, {**kept, "bases": others})
-        root.create_group(f"bases/{name}", overwrite=True, attributes=schema.sealed(attrs))
-        writer = cls(root, name, attrs)
-        for shape, group in groups.items():
-            arrays = group_arrays(shape, len(group["layers"]), group["rank"], group["spectrum"], dtype)
+        group = root.create_group(f"bases/{name}", overwrite=True, attributes=schema.sealed(attrs))
+        for shape, members in groups.items():
+            stack = group.create_group(group_key(shape))
+            arrays = group_arrays(shape, len(members["layers"]), members["rank"], members["spectrum"], dtype)
             for role, layout in arrays.items():
-                path = f"{group_key(shape)}/{role}"
-                schema.create_array(writer._group, path, layout.shape, layout.chunks, layout.dtypes[0])
+                schema.create_array(stack, role, layout)
         schema.put_attributes(root, {**kept, "bases": [*others, name]})
-        return writer
+        return cls.resume(root, name)
 
     @classmethod
     def resume(cls, root: zarr.Group, name: str) -> BasisWriter:
-        """Go on with an incomplete basis."""
-        return cls(root, name, schema.attributes(schema.child(root, f"bases/{name}"), {"layers": dict}))
+        """Go on with a basis. StoreError where what it holds is damaged."""
+        group = schema.child(root, f"bases/{name}")
+        return cls(group, BasisSet(name, group), schema.attributes(group, {"layers": dict}))
 
     def write(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> None:
         """Store one layer: U (d_out, r), S (r,), P (r, d_in), spectrum (k,)."""
-        stored = []
-        for role, value in {"U": U.T, "P": P, "S": S, "spectrum": spectrum}.items():
-            path = f"{group_key(record.shape)}/{role}"
-            if path not in self._arrays:
-                self._arrays[path] = self._group[path]
-            stored.append(schema.write(self._arrays[path], record.index, value))
-        content = schema.content_hash(stored)
-        self._attrs["layers"][layer] = asdict(record) | {"shape": list(record.shape), "hash": content}
-        if time.monotonic() - self._flushed > 1.0:
+        self.note(self.put(layer, U, S, P, spectrum, record))
+
+    def put(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> LayerDone:
+        """The part of `write` that may be done by several processes, each its own layers: store U and P."""
+        row = (slice(record.index, record.index + 1),)
+        arrays = [self._arrays[record.shape, role] for role in "UP"]
+        stored = [schema.write(array, row, x[None]) for array, x in zip(arrays, (U.T, P), strict=True)]
+        S, spectrum = (x.detach().to("cpu", torch.float64) for x in (S, spectrum))
+        content = schema.content_hash([*stored, S.numpy(), spectrum.numpy()])
+        return LayerDone(layer, replace(record, hash=content), S, spectrum)
+
+    def note(self, done: LayerDone) -> None:
+        """The other part, for the process that calls `flush` and `finish`: take over S, the spectrum and the record."""
+        shape, i = done.record.shape, done.record.index
+        for role, value in (("S", done.S), ("spectrum", done.spectrum)):
+            self._rows[shape, role][i] = value
+            self._changed.add(((shape, role), i // self._arrays[shape, role].layout.chunks[0]))
+        self._attrs["layers"][done.layer] = dict(vars(done.record))
+        if time.monotonic() > self._due:
             self.flush()
 
     def flush(self) -> None:
         """Make the layers written so far count as done."""
+        begun = time.monotonic()
+        for place, chunk in sorted(self._changed):
+            array = self._arrays[place]
+            rows = slice(chunk * array.layout.chunks[0], (chunk + 1) * array.layout.chunks[0])
+            schema.write(array, (rows,), self._rows[place][rows])
+        self._changed.clear()
         order = [layer for group in self._attrs["groups"].values() for layer in group["layers"]]
         done = self._attrs["layers"]
         self._attrs["layers"] = {layer: done[layer] for layer in order if layer in done}
         schema.put_attributes(self._group, self._attrs)
-        self._flushed = time.monotonic()
+        now = time.monotonic()
+        self._due = now + max(FLUSH_SECONDS, (now - begun) / FLUSH_SHARE)
 
     def finish(self) -> None:
         """Mark the basis complete; its hash covers the content of every layer."""
@@ -295,31 +182,3 @@ def make_command(name: str) -> str:
         elif part.startswith("p"):
             options.append(f"--power {part[1:]}")
     return f"`{' '.join(['prep decompose', *options])}`"
-
-
-def group_key(shape: tuple[int, int]) -> str:
-    """Name of the group that stacks the layers of one shape."""
-    return f"{shape[0]}x{shape[1]}"
-
-
-def _shape_of(key: str) -> tuple[int, int]:
-    d_out, d_in = (int(size) for size in key.split("x"))
-    if key != group_key((d_out, d_in)) or min(d_out, d_in) < 1:
-        raise ValueError(key)
-    return d_out, d_in
-
-
-def _checked_group(key: str, group: dict[str, Any]) -> dict[str, Any]:
-    for layer in group["layers"]:
-        schema.check_name(layer, "layer")
-    shape, sizes = _shape_of(key), (group["rank"], group["spectrum"])
-    if not group["layers"] or not all(schema.is_count(size, 1) for size in sizes):
-        raise ValueError(key)
-    if group["rank"] > min(shape) or group["spectrum"] > max(shape):
-        raise ValueError(key)
-    return group
-
-
-def _group_of(groups: dict[tuple[int, int], dict[str, Any]], record: dict[str, Any]) -> tuple[list[str], int]:
-    group = groups[tuple(record["shape"])]  # type: ignore[index]
-    return group["layers"], group["rank"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,10 @@ import numpy as np
 import torch
 import xxhash
 import zarr
-from zarr.abc.store import RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import WrapperStore
 
 from .errors import StoreError
+from .files import fetch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BF16_NAN = 0x7FC0
@@ -52,31 +49,38 @@ class Layout:
             if not self.lower or index[1] <= index[0]:
                 yield "/".join(("c", *map(str, index)))
 
+    def bounds(self, region: Sequence[slice]) -> list[tuple[int, int]]:
+        """Begin and end of a region on every axis; axes that it does not name are whole."""
+        whole = [slice(None)] * (len(self.shape) - len(region))
+        return [part.indices(size)[:2] for part, size in zip([*region, *whole], self.shape, strict=True)]
+
+    def cover(self, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[str, tuple[slice, ...], tuple[slice, ...]]]:
+        """The chunks that a region needs: key below the array, where in the region, where in the chunk."""
+        axes = [_pieces(a, b, edge) for (a, b), edge in zip(bounds, self.chunks, strict=True)]
+        for pieces in itertools.product(*axes):
+            index, outside, inside = zip(*pieces, strict=True)
+            yield "/".join(("c", *index)), outside, inside
+
     def chunk_bytes(self, dtype: str) -> int:
         """Size of a chunk's file: the values and the checksum."""
         return math.prod(self.chunks) * storage_dtype(dtype).itemsize + 4
 
 
+def _pieces(a: int, b: int, edge: int) -> list[tuple[str, slice, slice]]:
+    """The chunks of one axis that a range needs: index, where in the range, where in the chunk."""
+    return [
+        (
+            str(i),
+            slice(max(a, i * edge) - a, min(b, (i + 1) * edge) - a),
+            slice(max(a - i * edge, 0), min(b - i * edge, edge)),
+        )
+        for i in range(a // edge, -(-b // edge))
+    ]
+
+
 def storage_dtype(dtype: str) -> np.dtype:
     """NumPy's dtype of the bytes in the store; zarr has no bfloat16."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
-
-
-def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | None:
-    """Bytes start to start + limit of a file, fewer where it ends before, None where there is none."""
-    return sync(fetch_async(store, key, limit, start))
-
-
-async def fetch_async(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | None:
-    """`fetch` for use inside an event loop."""
-    try:
-        found = await store.get(key, default_buffer_prototype(), RangeByteRequest(start, start + limit))
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # each file system has its own kinds
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StoreError(f"{store}/{key} cannot be read ({said}): check path, permission and connection") from error
-    return None if found is None else found.to_bytes()
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
 
 
 def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
@@ -84,6 +88,11 @@ def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
     raw = fetch(store, f"{path}/zarr.json".lstrip("/"), MAX_DOCUMENT + 1)
     if raw is None:
         raise FileNotFoundError(f"{store}/{path}")
+    return parsed(raw, node)
+
+
+def parsed(raw: bytes, node: str) -> dict[str, Any]:
+    """The content of a zarr.json, `raw` its first `MAX_DOCUMENT + 1` bytes. ValueError where it is none of a `node`."""
     if len(raw) > MAX_DOCUMENT:
         raise ValueError(f"zarr.json is larger than {MAX_DOCUMENT / 1e6:.0f} MB")
     try:
@@ -103,7 +112,7 @@ def array_document(layout: Layout, dtype: str) -> dict[str, Any]:
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(layout.shape),
-        "data_type": str(storage_dtype(dtype)),
+        "data_type": storage_dtype(dtype).name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": BF16_NAN if dtype == "bfloat16" else "NaN",
@@ -113,12 +122,15 @@ def array_document(layout: Layout, dtype: str) -> dict[str, Any]:
     }
 
 
-def checked_array(store: ZarrStore, path: str, layout: Layout) -> tuple[dict[str, Any], str]:
-    """The document and dtype of an array that is what `layout` says, small enough to read; StoreError otherwise."""
+def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None) -> str:
+    """The dtype of an array whose zarr.json, `raw`, is what `layout` says and which is small enough to be read.
+
+    StoreError otherwise.
+    """
     where = f"{store}/{path}"
     try:
-        found = document(store, path, "array")
-    except (FileNotFoundError, ValueError) as error:
+        found = parsed(raw or b"", "array")
+    except ValueError as error:
         raise StoreError(f"{where} is missing or its metadata is damaged: restore the store from a copy") from error
     if found.get("shape") != list(layout.shape):
         raise StoreError(f"{where} is not an array of shape {layout.shape}: the store is damaged")
@@ -140,7 +152,7 @@ def checked_array(store: ZarrStore, path: str, layout: Layout) -> tuple[dict[str
         first = next(layout.chunk_keys())
         if len(fetch(store, f"{path}/{first}", 2, chunk - 1) or b"") != 1:
             raise StoreError(f"{where}: chunk {first} is missing or of another size: restore the store from a copy")
-    return wanted, dtype
+    return dtype
 
 
 def _plain(value: Any) -> Any:
@@ -150,32 +162,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict) and "name" in value and not value.get("configuration"):
         return value["name"]
     return value
-
-
-class ChunkFiles(WrapperStore[ZarrStore]):
-    """A zarr store that hands out files of one size only: what is missing, or longer or shorter, is an error."""
-
-    def __init__(self, store: ZarrStore, size: int):
-        super().__init__(store)
-        self._size = size
-
-    def _with_store(self, store: ZarrStore) -> ChunkFiles:
-        return ChunkFiles(store, self._size)
-
-    def __str__(self) -> str:
-        return str(self._store)
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: Any = None) -> Buffer:
-        raw = await fetch_async(self._store, key, self._size + 1)
-        if raw is None or len(raw) != self._size:
-            what = "is missing" if raw is None else f"does not hold {self._size:,} bytes"
-            raise StoreError(f"{self._store}/{_array_and_chunk(key)} {what}: restore the store from a copy")
-        return prototype.buffer.from_bytes(raw)
-
-
-def _array_and_chunk(key: str) -> str:
-    array, mark, chunk = key.rpartition("/c/")
-    return f"{array} (chunk c/{chunk})" if mark else key
 
 
 def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:

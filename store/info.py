@@ -10,7 +10,8 @@ from typing import Any
 import zarr
 
 from .artifact import Store
-from .bases import Bases, BasisSet
+from .bases import Bases
+from .basis import BasisSet
 from .errors import StoreError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .artifact import Store
-from .bases import BasisSet, group_key
+from .basis import BasisSet, group_key
 from .documents import Layout
 from .moments import LayerMoment
 

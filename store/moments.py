@@ -106,10 +106,10 @@ class LayerMoment:
         """Read from the lower-triangle chunks; the strict upper triangle is mirrored."""
         array = schema.open_array(self._group, name, self.arrays[name])
         try:
-            C = torch.empty(array.shape, dtype=schema.DTYPES[str(array.attrs["dtype"])])
+            C = torch.empty(array.layout.shape, dtype=schema.DTYPES[array.dtype])
         except RuntimeError as error:
-            raise StoreError(f"{array.store_path} does not fit into memory: {array.nbytes / 1e9:,.0f} GB") from error
-        for a, b in schema.panels(array.shape[0]):
+            raise StoreError(f"{array} does not fit into memory: {array.layout.shape} in {array.dtype}") from error
+        for a, b in schema.panels(len(C)):
             C[a:b, :b] = schema.read(array, (slice(a, b), slice(0, b)))
             C[:a, a:b] = C[a:b, :a].T
         return C
@@ -193,14 +193,16 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
     for layer, blocks in (data.outputs or {}).items():
         arrays[f"output/{layer}"] = blocks
     target = group.create_group(site, overwrite=True)
+    if data.outputs:
+        target.create_group("output")
     hashes = {}
     for path, value in arrays.items():
         if isinstance(value, Tensor):
-            array = schema.create_array(target, path, tuple(value.shape), tuple(value.shape), dtype)
-            hashes[path] = schema.content_hash([schema.write(array, ..., value)])
+            array = schema.create_array(target, path, schema.vector(len(value), dtype))
+            hashes[path] = schema.content_hash([schema.write(array, (), value)])
         else:
-            d, edge = value[-1].shape[1], schema.panel_edge(value[-1].shape[1])
-            array = schema.create_array(target, path, (d, d), (edge, edge), dtype)
+            d = value[-1].shape[1]
+            array = schema.create_array(target, path, schema.symmetric(d, dtype))
             hashes[path] = schema.content_hash(
                 schema.write(array, (slice(a, b), slice(0, b)), panel)
                 for (a, b), panel in zip(schema.panels(d), value, strict=True)

@@ -1,4 +1,4 @@
-"""The zarr v3 conventions of a store: format, chunk grids, checked reads and writes. docs/store-format.md is the prose.
+"""The zarr v3 conventions of a store: format, chunk grids, groups, hashes. docs/store-format.md is the prose.
 
 Arrays are uncompressed little-endian bytes followed by a crc32c. The fill value is NaN and no array holds a NaN, so a
 chunk that is gone shows itself on reading. bfloat16 is kept as uint16 with the attribute `dtype: bfloat16`.
@@ -14,50 +14,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 import zarr
-from torch import Tensor
 from zarr.abc.store import Store as ZarrStore
-from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.group import AsyncGroup
 from zarr.storage import LocalStore, StorePath
 
+from .arrays import Array, as_stored, create_array, open_array, open_arrays, read, read_each, write
 from .documents import (
-    BF16_NAN,
     DTYPES,
-    ChunkFiles,
     Layout,
     attributes,
     check_name,
     check_shape,
-    checked_array,
     document,
-    fetch,
     is_count,
     put_attributes,
     sealed,
 )
 from .errors import StoreError
+from .files import fetch
 
 __all__ = [
     "DTYPES",
     "FORMAT",
     "FORMAT_VERSION",
+    "ROWS",
     "SLAB",
+    "Array",
     "Layout",
+    "as_stored",
     "attributes",
     "check_name",
     "check_shape",
+    "create_array",
     "fetch",
     "is_count",
+    "open_array",
+    "open_arrays",
     "put_attributes",
+    "read",
+    "read_each",
     "sealed",
+    "write",
 ]
 
 FORMAT = "prep"
 FORMAT_VERSION = 1
-SLAB = 64  # ranks per chunk of a basis
+SLAB = 64  # ranks per chunk of U and P
+ROWS = 64  # layers per chunk of S and the spectrum
 
 
 def panels(d: int) -> list[tuple[int, int]]:
@@ -131,31 +136,6 @@ def _group(path: StorePath) -> zarr.Group:
     return zarr.Group(AsyncGroup.from_dict(path, {"zarr_format": 3, "node_type": "group", "attributes": attrs}))
 
 
-def create_array(
-    group: zarr.Group, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str
-) -> zarr.Array:
-    """An empty array in the store's encoding; `dtype` is one of DTYPES."""
-    bf16 = dtype == "bfloat16"
-    return group.create_array(
-        path,
-        shape=shape,
-        chunks=chunks,
-        dtype="uint16" if bf16 else dtype,
-        fill_value=BF16_NAN if bf16 else float("nan"),
-        serializer=BytesCodec(endian="little"),
-        compressors=Crc32cCodec(),
-        attributes={"dtype": dtype},
-        overwrite=True,
-    )
-
-
-def open_array(group: zarr.Group, path: str, layout: Layout) -> zarr.Array:
-    """The array at `path` for reading, of the layout that the attributes promise; StoreError names what is damaged."""
-    at = group.store_path / path
-    found, dtype = checked_array(at.store, at.path, layout)
-    return zarr.Array.from_dict(StorePath(ChunkFiles(at.store, layout.chunk_bytes(dtype)), at.path), found)
-
-
 def stored_shape(group: zarr.Group, path: str) -> tuple[int, ...]:
     """The shape an array claims; StoreError where it is missing or damaged."""
     at = group.store_path / path
@@ -164,35 +144,6 @@ def stored_shape(group: zarr.Group, path: str) -> tuple[int, ...]:
         return tuple(int(size) for size in shape)
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{at} is missing or its metadata is damaged: restore the store from a copy") from error
-
-
-def read(array: zarr.Array, selection: Any = ...) -> Tensor:
-    """A region of an array as a tensor of its own dtype; StoreError if a chunk is missing or fails its checksum."""
-    where = str(array.store_path)
-    try:
-        values = np.asarray(array[selection])
-    except (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
-        raise StoreError(f"{where} is damaged ({_first_line(error)}): restore the store from a copy") from error
-    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if array.attrs["dtype"] == "bfloat16":
-        tensor = tensor.view(torch.bfloat16)
-    # a sum is NaN or infinite as soon as one term is, and needs no temporary; it may also overflow
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise StoreError(f"{where} has a chunk that is missing or not finite: restore the store from a copy")
-    return tensor
-
-
-def write(array: zarr.Array, selection: Any, values: Tensor) -> np.ndarray:
-    """Write a region, cast to the array's dtype, and return it as it is stored, for a content hash."""
-    stored = as_stored(values, str(array.attrs["dtype"]))
-    array[selection] = stored
-    return stored
-
-
-def as_stored(values: Tensor, dtype: str) -> np.ndarray:
-    """The NumPy array whose bytes the store keeps for `values` in `dtype`."""
-    cast = values.detach().to("cpu", DTYPES[dtype]).contiguous()
-    return (cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy()
 
 
 def content_hash(parts: Iterable[np.ndarray | str]) -> str:
@@ -229,7 +180,3 @@ def disk_guard(location: str | Path, needed: int = 0) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StoreError(f"the disk of {location} is full: make room and run the same command again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,6 @@ The root's zarr.json goes last, so that a copy that was cut short is no store. F
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 from pathlib import Path
@@ -16,13 +15,12 @@ from zarr.core.sync import sync
 
 from . import schema
 from .artifact import Store, open_store
-from .documents import MAX_DOCUMENT, Layout, fetch, fetch_async
+from .documents import MAX_DOCUMENT, Layout
 from .errors import StoreError
+from .files import at_once, fetch, fetch_async
 from .lock import writer_lock
 from .manifest import files, manifest
 from .verify import verify_store
-
-AT_ONCE = 8  # files under way
 
 
 def push(store: str | Path, url: str, *, overwrite: bool = False) -> Store:
@@ -80,31 +78,21 @@ def _verified(location: str | Path) -> Store:
 
 
 def _copy(found: Store, target: ZarrStore, entries: dict[str, Layout | None]) -> None:
-    """All files of a store, `AT_ONCE` at a time, the root's metadata after all others."""
+    """All files of a store, the root's metadata after all others."""
     *others, root = files(entries)
     sizes = {path: max(map(layout.chunk_bytes, layout.dtypes)) for path, layout in entries.items() if layout}
     source = found.root.store
 
-    async def one(key: str, turn: asyncio.Semaphore) -> None:
+    async def one(key: str) -> None:
         array, mark, _ = key.rpartition("/c/")
-        async with turn:
-            raw = await fetch_async(source, key, sizes[array] + 1 if mark else MAX_DOCUMENT + 1)
-            if raw is None:
-                raise StoreError(f"{found.location}/{key} is missing: restore the store from a copy")
-            await target.set(key, default_buffer_prototype().buffer.from_bytes(raw))
-
-    async def all_of() -> None:
-        turn = asyncio.Semaphore(AT_ONCE)
-        tasks = [asyncio.create_task(one(key, turn)) for key in others]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        await one(root, turn)
+        raw = await fetch_async(source, key, sizes[array] + 1 if mark else MAX_DOCUMENT + 1)
+        if raw is None:
+            raise StoreError(f"{found.location}/{key} is missing: restore the store from a copy")
+        await target.set(key, default_buffer_prototype().buffer.from_bytes(raw))
 
     try:
-        sync(all_of())
+        at_once(one, others)
+        at_once(one, [root])
     except (StoreError, OSError):
         raise
     except Exception as error:  # each file system has its own kinds

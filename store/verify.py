@@ -18,7 +18,8 @@ from zarr.storage import LocalStore
 
 from . import schema
 from .artifact import Store
-from .bases import Bases, BasisSet, LayerRecord, group_key
+from .bases import Bases
+from .basis import BasisSet, LayerRecord, group_key
 from .documents import Layout, document
 from .errors import StoreError
 from .manifest import basis_entries, files, site_entries
@@ -115,11 +116,10 @@ def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
     for name, layout in moment.arrays.items():
         with _noted(report, f"{top}/{name}"):
             array = schema.open_array(moment._group, name, layout)
-            rows = schema.panels(layout.shape[0]) if layout.lower else [(0, layout.shape[0])]
-            parts = [schema.read(array, (slice(a, b), slice(0, b)) if layout.lower else slice(a, b)) for a, b in rows]
-            dtype = str(array.attrs["dtype"])
+            regions = [(slice(a, b), slice(0, b)) for a, b in schema.panels(layout.shape[0])] if layout.lower else [()]
+            parts = [schema.read(array, region) for region in regions]
             _count(report, parts)
-            if hashes.get(name) != schema.content_hash(schema.as_stored(part, dtype) for part in parts):
+            if hashes.get(name) != schema.content_hash(schema.as_stored(part, array.dtype) for part in parts):
                 report.add(f"{top}/{name}", "the values do not match their hash: restore the store from a copy")
             values[name] = parts
     if not numerics or "mean" not in values:

@@ -32,15 +32,15 @@ def decompose(options: Mapping[str, Any], pause: float, said: str) -> None:
     """`prep decompose` whose layers count as done at once, with a pause after each."""
     from prep.store.bases import BasisWriter
 
-    write = BasisWriter.write
+    note = BasisWriter.note
 
-    def slow(self, *arguments):
-        write(self, *arguments)
+    def slow(self, done):
+        note(self, done)
         self.flush()
         at_work(said)
         time.sleep(pause)
 
-    BasisWriter.write = slow  # type: ignore[method-assign]
+    BasisWriter.note = slow  # type: ignore[method-assign]
     _run("decompose", options, said)
 
 

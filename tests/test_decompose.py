@@ -392,7 +392,7 @@ class Stop(BaseException):
 def test_an_interrupted_decomposition_goes_on(llama, tmp_path, monkeypatch, capsys):
     """After 5 of 14 layers: those are not computed again, and the end is bitwise that of an uninterrupted run."""
     calls, lock = [], threading.Lock()
-    compute, write = stage.whitened_svd, BasisWriter.write
+    compute, note = stage.whitened_svd, BasisWriter.note
 
     def counted(W, *rest):
         with lock:
@@ -401,11 +401,11 @@ def test_an_interrupted_decomposition_goes_on(llama, tmp_path, monkeypatch, caps
 
     written: list[str] = []
 
-    def stop_after_five(self, layer, *rest):
+    def stop_after_five(self, done):
         if len(written) == 5:
             raise Stop
-        written.append(layer)
-        write(self, layer, *rest)
+        written.append(done.layer)
+        note(self, done)
 
     monkeypatch.setattr(stage, "whitened_svd", counted)
     whole, stopped = (moments_only(llama.path, tmp_path / name) for name in ("whole", "stopped"))
@@ -413,7 +413,7 @@ def test_an_interrupted_decomposition_goes_on(llama, tmp_path, monkeypatch, caps
     assert len(calls) == 14
 
     with monkeypatch.context() as patch:
-        patch.setattr(BasisWriter, "write", stop_after_five)
+        patch.setattr(BasisWriter, "note", stop_after_five)
         with pytest.raises(Stop):
             prep.decompose(stopped, for_="corda_kpm", rank=RANK, quiet=True)
     name = "full-p1-bottom"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import prep
 from prep import StoreError
 from prep.preprocess.verify import verify
-from prep.store import BasisWriter, LayerRecord, open_store
+from prep.store import BasisWriter, LayerRecord, create_store, open_store, schema
 from prep.store.schema import content_hash, put_attributes, sealed
 
 RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
@@ -162,7 +162,9 @@ def test_verify_goes_on_after_a_finding(store):
         chunk = next(file for file in files(store / array) if file.name != "zarr.json")
         chunk.write_bytes(flip(chunk.read_bytes(), 5, 1))
     where = [finding.where for finding in verify(store).findings]
-    assert where == [f"moments/{site}/mean", "bases/full: model.layers.0.mlp.down_proj"]
+    # the layers of one shape have their S in one chunk
+    layers = [f"bases/full: model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert where == [f"moments/{site}/mean", *layers]
 
 
 def _site(store, layer):
@@ -232,6 +234,116 @@ def test_a_basis_that_is_none_is_found(made, store, wrong):
     [finding] = verify(store, model=made.model).findings[:1]
     assert finding.where == f"bases/full: {layer}"
     assert ("U is not orthonormal" if wrong == "U" else "U^T W = diag(S) P does not hold") in finding.problem
+
+
+# A writer that was interrupted: a layer counts as done when all that its record speaks of is there
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A writer of five layers of one shape in chunks of two, their bases, and how to write one of them."""
+    monkeypatch.setattr(schema, "ROWS", 2)
+    monkeypatch.setattr(schema, "SLAB", 2)
+    attrs = {"id": "0" * 32, "model": {"id": "m"}, "corpus": None, "options": None, "status": "complete"}
+    path, draw = tmp_path / "begun.zarr", np.random.default_rng(0)
+    layers = [f"layer{i}" for i in range(5)]
+    parts = {layer: np.linalg.svd(draw.standard_normal((7, 6)), full_matrices=False) for layer in layers}
+
+    def write(writer, layer):
+        U, S, Vt = (torch.from_numpy(part) for part in parts[layer])
+        record = LayerRecord((7, 6), layers.index(layer), 5, 1.0, 0.0, 6, "svd", 1.0, "", "float64")
+        writer.write(layer, U[:, :5], S[:5], Vt[:5], S, record)
+
+    writer = BasisWriter.create(
+        create_store(path, attrs).root,
+        "b",
+        method={"metric": "identity", "rank": 5},
+        dtype="float64",
+        model={},
+        groups={(7, 6): {"layers": layers, "rank": 5, "spectrum": 6}},
+    )
+    return SimpleNamespace(path=path, layers=layers, parts=parts, write=write, writer=writer)
+
+
+def assert_holds(begun, layers):
+    """Exactly `layers` count as done, and can be read although others of their chunks are missing."""
+    basis = open_store(begun.path).bases.open("b")
+    assert sorted(basis.layers) == sorted(layers)
+    for layer, found in basis.read().items():
+        U, S, Vt = begun.parts[layer]
+        for got, wanted in ((found.U, U[:, :5]), (found.S, S[:5]), (found.P, Vt[:5]), (found.spectrum, S)):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def resumed(begun):
+    return BasisWriter.resume(open_store(begun.path, "r+").root, "b")
+
+
+def test_what_was_flushed_is_kept_and_the_rest_forgotten(begun):
+    begun.write(begun.writer, "layer3")
+    begun.write(begun.writer, "layer0")
+    begun.writer.flush()
+    begun.write(begun.writer, "layer1")  # shares a chunk of S with layer0, and is lost with the process
+    assert_holds(begun, ["layer0", "layer3"])
+    again = resumed(begun)
+    begun.write(again, "layer2")  # shares one with layer3
+    again.flush()
+    assert_holds(begun, ["layer0", "layer2", "layer3"])
+    again = resumed(begun)
+    for layer in ("layer4", "layer1"):
+        begun.write(again, layer)
+    again.finish()
+    assert_holds(begun, begun.layers)
+    assert verify(begun.path).findings == []
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_flush_that_fails_leaves_what_counted_before(begun, monkeypatch, step):
+    begun.write(begun.writer, "layer0")
+    begun.writer.flush()
+    for layer in ("layer1", "layer4"):
+        begun.write(begun.writer, layer)
+    calls = []
+    for name in ("write", "put_attributes"):
+        real = getattr(schema, name)
+
+        def breaks(*arguments, real=real):
+            calls.append(1)
+            if len(calls) == step:
+                raise OSError("gone")
+            return real(*arguments)
+
+        monkeypatch.setattr(schema, name, breaks)
+    with pytest.raises(OSError, match="gone"):  # two chunks of S, two of the spectrum, and the attributes
+        begun.writer.flush()
+    monkeypatch.undo()
+    monkeypatch.setattr(schema, "ROWS", 2)
+    monkeypatch.setattr(schema, "SLAB", 2)
+    assert_holds(begun, ["layer0"])
+    begun.writer.flush()
+    assert_holds(begun, ["layer0", "layer1", "layer4"])
+
+
+def test_a_row_that_nobody_wrote_is_no_basis(begun):
+    """A record that came before its S: the chunk is whole, and holds the fill value."""
+    for layer in ("layer0", "layer1"):
+        begun.write(begun.writer, layer)
+    begun.writer.flush()
+    S = zarr.open_array(str(begun.path / "bases" / "b" / "7x6" / "S"), mode="r+")
+    S[1] = np.nan
+    basis = open_store(begun.path).bases.open("b")
+    np.testing.assert_array_equal(basis["layer0"].S, begun.parts["layer0"][1][:5])
+    with pytest.raises(StoreError, match="7x6/S has a chunk that is missing or not finite"):
+        _ = basis["layer1"]
+
+
+def test_a_damaged_row_is_found_when_its_basis_is_resumed(begun):
+    begun.write(begun.writer, "layer0")
+    begun.writer.flush()
+    chunk = begun.path / "bases" / "b" / "7x6" / "S" / "c" / "0" / "0"
+    chunk.write_bytes(flip(chunk.read_bytes(), 3, 1))
+    with pytest.raises(StoreError, match=r"7x6/S \(chunk c/0/0\) does not match its checksum: restore the store"):
+        resumed(begun)
 
 
 def test_an_edited_attribute_is_refused_until_it_is_sealed(store):

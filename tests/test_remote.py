@@ -25,9 +25,10 @@ BUCKET, RANK, SLAB = "shelf", 4, 2
 
 @pytest.fixture(scope="module", autouse=True)
 def small_slabs():
-    """Slabs of two ranks, so that a tiny basis has several."""
+    """Chunks of two ranks, and of two layers, so that a tiny basis has several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "SLAB", SLAB)
+        patch.setattr(schema, "ROWS", SLAB)
         yield
 
 
@@ -172,7 +173,7 @@ def test_one_layer_fetches_its_own_chunks(made, server):
     index = found.record.index
     chunks = {name for name in asked(server) if "/c/" in name}
     top = "bases/identity/32x32"
-    assert chunks == {f"{top}/U/c/{index}/0/0", f"{top}/P/c/{index}/0/0", f"{top}/S/c/{index}/0"}
+    assert chunks == {f"{top}/U/c/{index}/0/0", f"{top}/P/c/{index}/0/0", f"{top}/S/c/{index // SLAB}/0"}
     assert torch.equal(found.U, open_store(made.store).bases["identity"][layer].U[:, :1])
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import prep
-from prep.store import SiteData, create_store, write_sites
+from prep.store import SiteData, create_store, schema, write_sites
 from prep.store.schema import panels
 
 PAGE = Path(__file__).parents[1] / "docs" / "store-format.md"
@@ -84,6 +85,86 @@ def test_the_page_states_codecs_fill_values_and_triangle(store):
     assert bf16["data_type"] == "uint16"
     assert bf16["fill_value"] == 0x7FC0
     assert bf16["attributes"]["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def stacked(tmp_path, monkeypatch):
+    """Bases of five layers of one shape in chunks of two layers and of three ranks, in every dtype; what they hold."""
+    monkeypatch.setattr(schema, "ROWS", 2)
+    monkeypatch.setattr(schema, "SLAB", 3)
+    path, draw = tmp_path / "stacked.zarr", torch.Generator().manual_seed(0)
+    root = create_store(path, ATTRS | {"corpus": None, "options": None}).root
+    layers, given = [f"layer{i}" for i in range(5)], {}
+    for dtype in schema.DTYPES:
+        group = {"layers": layers, "rank": 7, "spectrum": 8}
+        writer = prep.store.BasisWriter.create(
+            root, dtype, method={"rank": 7}, dtype=dtype, model={"id": "m"}, groups={(9, 8): group}
+        )
+        for i, layer in enumerate(layers):
+            parts = [torch.randn(size, generator=draw, dtype=torch.float64) for size in ((9, 7), (7,), (7, 8), (8,))]
+            record = prep.store.LayerRecord((9, 8), i, 7, 1.0, 0.0, 8, "svd", 1.0, "", "float32")
+            writer.write(layer, *parts, record)
+            given[dtype, layer] = parts
+        writer.finish()
+    return path, layers, given
+
+
+def test_plain_zarr_reads_the_arrays_and_would_write_the_same_files(stacked, tmp_path):
+    import zarr
+
+    path, layers, given = stacked
+    for dtype in schema.DTYPES:
+        for role, edges in {"U": (1, 3, 9), "P": (1, 3, 8), "S": (2, 7), "spectrum": (2, 8)}.items():
+            rows = [given[dtype, layer][["U", "S", "P", "spectrum"].index(role)] for layer in layers]
+            values = torch.stack([x.T if role == "U" else x for x in rows])
+            kept = values if role in ("S", "spectrum") else values.to(schema.DTYPES[dtype])
+            bits = kept.view(torch.uint16).numpy() if kept.dtype == torch.bfloat16 else kept.numpy()
+            found = zarr.open_array(str(path / "bases" / dtype / "9x8" / role), mode="r")
+            assert found.chunks == edges
+            np.testing.assert_array_equal(found[...], bits)
+            plain = zarr.create_array(
+                str(tmp_path / "plain"),
+                shape=bits.shape,
+                chunks=edges,
+                dtype=bits.dtype,
+                fill_value=found.fill_value,
+                serializer=zarr.codecs.BytesCodec(endian="little"),
+                compressors=zarr.codecs.Crc32cCodec(),
+                overwrite=True,
+            )
+            plain[...] = bits
+            assert tiny.contents(tmp_path / "plain" / "c") == tiny.contents(path / "bases" / dtype / "9x8" / role / "c")
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 7, 100, None])
+def test_any_rank_is_a_slice(stacked, rank):
+    path, layers, given = stacked
+    for dtype in schema.DTYPES:
+        found = prep.open_store(path).bases[dtype].read(layers[3:0:-2], rank)
+        assert list(found) == ["layer3", "layer1"]
+        for layer, one in found.items():
+            U, S, P, spectrum = given[dtype, layer]
+            assert torch.equal(one.U, U[:, :rank].to(schema.DTYPES[dtype]))
+            assert torch.equal(one.P, P[:rank].to(schema.DTYPES[dtype]))
+            assert torch.equal(one.S, S[:rank]) and torch.equal(one.spectrum, spectrum)
+
+
+def test_a_region_is_written_in_whole_chunks(stacked):
+    root = prep.open_store(stacked[0], "r+").root
+    layout = schema.Layout((5, 7), (2, 7), ("float64",))
+    array = schema.open_array(root, "bases/float64/9x8/S", layout)
+    before = schema.read(array)
+    for region, values in [
+        ((slice(1, 3),), torch.zeros(2, 7)),
+        ((slice(0, 1),), torch.zeros(1, 7)),
+        ((slice(0, 2),), torch.zeros(1, 7)),
+        ((slice(0, 2), slice(0, 3)), torch.zeros(2, 3)),
+    ]:
+        with pytest.raises(ValueError, match="are not the whole chunks of"):
+            schema.write(array, region, values)
+    assert torch.equal(schema.read(array), before)
+    schema.write(array, (slice(4, 5),), torch.ones(1, 7))
+    assert torch.equal(schema.read(array, (slice(3, 5),)), torch.stack([before[3], torch.ones(7, dtype=torch.float64)]))
 
 
 def test_every_attribute_that_is_written_is_described(store):
