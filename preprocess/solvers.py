@@ -10,23 +10,44 @@ The certificate is the dual of Ky Fan's maximum principle: for every level s and
 
 so one Cholesky factorisation, at a fraction of the cost of an eigendecomposition, proves how little better any other r
 directions could be. Block Krylov: Musco and Musco 2015, arXiv 1504.05477.
-All functions are pure; NumPy's LAPACK calls release the GIL.
+All functions are pure, and their LAPACK calls let go of the GIL.
 """
 
 import numpy as np
 
+from . import lapack
+
 BOUND = 1.001  # certified: squared error of the randomized route / squared error of the best rank r
+RATIO = 16  # more than side / 16 directions cost less by `gram`
 AUTO_SIDE = 1024  # `auto` prefers the randomized route from this side of G on ...
-AUTO_RATIO = 32  # ... when at most side / 32 directions are asked; at side / 16 a flat spectrum gains nothing over eigh
+AUTO_RATIO = 32  # ... when at most side / 32 directions are asked: twice as fast as `gram`, or more
 
 _EPS = float(np.finfo(np.float64).eps)
 _SEED = 0
+_GROWTH = 1.2  # of the Krylov space from one Rayleigh-Ritz step to the next
+_FEW = 4  # of n directions at most n / 4 are found one by one, otherwise all at once
 
 
-def gram(G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """S (n,) descending and Z (n, n) of a symmetric G (n, n); eigenvalues that rounding made negative count as zero."""
+def gram(G: np.ndarray, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """S (n,) descending and Z of a symmetric G (n, n); eigenvalues that rounding made negative count as zero.
+
+    Z (n, n), or only the columns of `order` (r,): consecutive direction numbers, rising or falling.
+    """
+    n = len(G)
+    if order is not None and _FEW * len(order) < n:
+        first = n - 1 - int(order.max())
+        try:
+            eigenvalues, Z = lapack.eigenpairs(G, first, first + len(order))
+            return _roots(eigenvalues), Z[:, n - 1 - order - first]
+        except np.linalg.LinAlgError:
+            pass
     eigenvalues, Z = np.linalg.eigh(G)
-    return np.sqrt(np.maximum(eigenvalues[::-1], 0)), Z[:, ::-1]
+    Z = Z[:, ::-1]
+    return _roots(eigenvalues), Z if order is None else Z[:, order]
+
+
+def _roots(eigenvalues: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(eigenvalues[::-1], 0))
 
 
 def svd(F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,19 +66,23 @@ def randomized(G: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray] | None
     n, trace = len(G), float(np.trace(G))
     block = max(8, rank // 4)
     largest = min(n // 2, 6 * (rank + block))
-    Q = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((n, min(n, block))))[0]
-    GQ = G @ Q
-    while Q.shape[1] + block <= largest:
-        new = GQ[:, -block:]
+    Q, GQ, T = np.empty((n, largest), order="F"), np.empty((n, largest), order="F"), np.empty((largest, largest))
+    new = np.random.default_rng(_SEED).standard_normal((n, block))
+    size, enough = 0, 1.5 * rank
+    while size + block <= largest:
         for _ in range(2):  # once leaves a part of Q where the new block is small
-            new = np.linalg.qr(new - Q @ (Q.T @ new))[0]
-        Q, GQ = np.hstack([Q, new]), np.hstack([GQ, G @ new])
-        if Q.shape[1] < 1.5 * rank:
+            new = np.linalg.qr(new - Q[:, :size] @ (Q[:, :size].T @ new))[0]
+        last, size = slice(size, size + block), size + block
+        Q[:, last] = new
+        GQ[:, last] = new = G @ new
+        T[:size, last] = Q[:, :size].T @ new
+        if size < enough:
             continue
-        ritz, Y = np.linalg.eigh(Q.T @ GQ)
+        enough = _GROWTH * size
+        ritz, Y = np.linalg.eigh(T[:size, :size], UPLO="U")
         ritz, Y = ritz[::-1], Y[:, ::-1]
-        top, Z = ritz[:rank], Q @ Y[:, :rank]
-        residual = np.linalg.norm(GQ @ Y[:, :rank] - Z * top, axis=0)
+        top, Z = ritz[:rank], Q[:, :size] @ Y[:, :rank]
+        residual = np.linalg.norm(GQ[:, :size] @ Y[:, :rank] - Z * top, axis=0)
         slack = float((1 - 1 / BOUND) * (trace - top.sum()))
         if slack <= n * _EPS * trace:  # what is left is rounding
             return None

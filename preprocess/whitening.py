@@ -1,8 +1,9 @@
 """Whitened SVD of a linear layer: `W M = U diag(S) V^T`, `P = V^T M^-1 = S^-1 U^T W`, without a root or an inverse.
 
 U and S are the eigenvectors and root eigenvalues of the Gram matrix `G = W M^2 W^T (d_out, d_out)`; for a tall layer
-`W = Q R`, those of `R M^2 R^T (d_in, d_in)`, with `U = Q Z`. Hence the second moment C is never factorised and may be
-singular. With `C_d = C + damping mean(diag C) I`:
+`W = Q R`, those of `R M^2 R^T (d_in, d_in)`, with `U = Q Z`. Where W allows, `R = L^T` is Cholesky's factor of `W^T W`
+and only the columns of `Q Z` that are kept are formed. The second moment C is never factorised and may be singular.
+With `C_d = C + damping mean(diag C) I`:
 
     metric full        M = C_d^a          at a = 1/2, G = W C_d W^T: least E||(W - U S P) x||^2 (Eckart-Young)
     metric diagonal    M = diag(C_d)^a    ASVD, arXiv 2312.05821
@@ -17,36 +18,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..store.errors import PrepError
-from . import solvers
-from .methods import MOMENT_KINDS, Method, check, one_of
+from . import lapack, solvers
+from .methods import Method, check
+from .metric import Moment, centred, factor, gram
 
+CHOLESKY_LOSS = 1e-8  # of orthogonality in U = W L^-T Z: about eps cond(W)^2; above this W is decomposed by QR
 GRAM_FLOOR = 1e-6  # a selected S_i below this share of S_max is not taken from G, whose condition number is squared
 _EPS = float(np.finfo(np.float64).eps)
 _MOMENT_NOISE = 2.0**-24  # moments are sums of float32 products
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Statistics of one layer's input x, float64: what the calibration pass stored.
-
-    kind `full`: second_moment (d_in, d_in) = E[x x^T], from which `diagonal` is taken; `diagonal`: diagonal (d_in,) =
-    E[x_i^2]; `output`: diagonal, and output (d_out, d_out) = E[y y^T] of the bias-free y = W x. mean (d_in,) = E[x].
-    """
-
-    kind: str
-    second_moment: np.ndarray | None = None
-    diagonal: np.ndarray | None = None
-    output: np.ndarray | None = None
-    mean: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        one_of("moment kind", self.kind, MOMENT_KINDS)
-        if self.kind == "full" and self.second_moment is not None:
-            object.__setattr__(self, "diagonal", np.diagonal(self.second_moment))
-        needed = {"full": ["second_moment"], "diagonal": ["diagonal"], "output": ["output", "diagonal"]}[self.kind]
-        missing = [name for name in needed if getattr(self, name) is None]
-        if missing:
-            raise PrepError(f"a moment of kind {self.kind} lacks {' and '.join(missing)}")
 
 
 @dataclass(frozen=True)
@@ -88,22 +67,15 @@ def whitened_svd(W: np.ndarray, moment: Moment | None, method: Method) -> Whiten
         assert moment is not None
         return _components(W, moment, rank)
 
-    Q, A = None, W
-    if W.shape[0] > W.shape[1]:
-        Q, A = np.linalg.qr(W)
-        if moment is not None and moment.output is not None:
-            moment = replace(moment, output=Q.T @ moment.output @ Q)
-    spectrum, Z, order, total, route = _solve(A, moment, method, rank)
-
-    S, Z = spectrum[order], Z[:, order]
-    U = Z if Q is None else Q @ Z
-    sign = _signs(U)
+    found = _solve(W, moment, method, rank)
+    U, spectrum, order, total, route = found.Z * _signs(found.Z), found.spectrum, found.order, found.total, found.route
+    S = spectrum[order]
     kept = float(np.sum(S**2))
     floored = np.maximum(S, _EPS * max(W.shape) * spectrum[0] or 1.0)
     return WhitenedSVD(
-        U=U * sign,
+        U=U,
         S=floored,
-        P=((Z * sign).T @ A) / floored[:, None],
+        P=(U.T @ W) / floored[:, None],
         spectrum=spectrum,
         energy=kept / total if total > 0 else 1.0,
         tail=float(np.sqrt(max(total - kept, 0.0))) if route == "randomized" else _root_of_rest(spectrum, order),
@@ -122,84 +94,90 @@ def spectrum_size(shape: tuple[int, int], method: Method) -> int:
 
 
 def _tries_randomized(side: int, rank: int, method: Method) -> bool:
-    small = side >= solvers.AUTO_SIDE and rank * solvers.AUTO_RATIO <= side
-    return method.solver == "randomized" or (method.solver == "auto" and method.select == "top" and small)
+    if method.solver == "randomized":
+        return rank * solvers.RATIO <= side
+    wanted = method.solver == "auto" and method.select == "top"
+    return wanted and side >= solvers.AUTO_SIDE and rank * solvers.AUTO_RATIO <= side
 
 
-def _solve(
-    A: np.ndarray, moment: Moment | None, method: Method, rank: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, str]:
-    """Spectrum, left directions Z of `A M`, the selected ones in order, sum of all S^2, and the route that ran."""
-    has_factor = not (method.metric == "full" and moment is not None and moment.second_moment is None)
-    if method.solver != "svd":
-        G = _gram(A, moment, method)
-        if _tries_randomized(len(A), rank, method):
-            found = solvers.randomized(G, rank)
-            if found is not None and found[0][-1] >= GRAM_FLOOR * found[0][0]:
-                return *found, np.arange(rank), float(np.trace(G)), "randomized"
+@dataclass(frozen=True)
+class _Directions:
+    """Spectrum; the left directions Z (n, r) that are kept, and their numbers in it; sum of all S^2; the route."""
+
+    spectrum: np.ndarray
+    order: np.ndarray
+    Z: np.ndarray
+    total: float
+    route: str
+
+
+def _solve(W: np.ndarray, moment: Moment | None, method: Method, rank: int) -> _Directions:
+    """The selected left directions of `W M`; those of a tall W by way of a triangle A with `W = Q A`."""
+    if W.shape[0] <= W.shape[1]:
+        return _of_rows(W, moment, method, rank)
+    found = _by_cholesky(W, moment, method, rank)
+    if found is None:
+        Q, A = np.linalg.qr(W)
+        if moment is not None and moment.output is not None:
+            output = Q.T @ moment.output @ Q
+            moment = replace(moment, output=(output + output.T) / 2)
+        found = _of_rows(A, moment, method, rank)
+        found = replace(found, Z=Q @ found.Z)
+    return found
+
+
+def _by_cholesky(W: np.ndarray, moment: Moment | None, method: Method, rank: int) -> _Directions | None:
+    """`W^T W = L L^T`, hence `Q = W L^-T`, of which only the selected directions `Q Z` are formed.
+
+    None where W is too ill-conditioned for it, or G for what is selected; the smallest S_i need the digits of a QR.
+    """
+    if method.solver == "svd" or method.select == "bottom" or (moment is not None and moment.output is not None):
+        return None
+    try:
+        L = lapack.cholesky(W)
+        found = _by_gram(L.T, moment, method, rank, L)
+        U = W @ lapack.solve_lower_t(L, found.Z) if found is not None else None
+    except np.linalg.LinAlgError:
+        return None
+    if found is None or U is None:
+        return None
+    loss = U.T @ U - np.eye(len(found.order))
+    if not np.abs(loss).max() <= CHOLESKY_LOSS:
+        return None
+    return replace(found, Z=U - U @ (loss / 2))  # a Newton-Schulz step, which squares the loss
+
+
+def _of_rows(A: np.ndarray, moment: Moment | None, method: Method, rank: int) -> _Directions:
+    found = _by_gram(A, moment, method, rank) if method.solver != "svd" else None
+    if found is not None:
+        return found
+    S, Z = solvers.svd(factor(A, moment, method))
+    order = _select(S, Z, A, moment, method.select)[:rank]
+    return _Directions(S, order, Z[:, order], float(np.sum(S**2)), "svd")
+
+
+def _by_gram(
+    A: np.ndarray, moment: Moment | None, method: Method, rank: int, lower: np.ndarray | None = None
+) -> _Directions | None:
+    """From `G = A M^2 A^T`; lower is A^T where A is a triangle. None where G has lost a selected S_i to rounding."""
+    G = gram(A, moment, method, lower)
+    if _tries_randomized(len(A), rank, method):
+        G = np.tril(G) + np.tril(G, -1).T
+        found = solvers.randomized(G, rank)
+        if found is not None and found[0][-1] >= GRAM_FLOOR * found[0][0]:
+            S, Z = found
+            return _Directions(S, np.arange(rank), Z, float(np.trace(G)), "randomized")
+    if method.select == "activation":
         S, Z = solvers.gram(G)
         order = _select(S, Z, A, moment, method.select)[:rank]
-        if S[order].min() >= GRAM_FLOOR * S[0] or not has_factor:
-            return S, Z, order, float(np.sum(S**2)), "gram"
-    S, Z = solvers.svd(_factor(A, moment, method))
-    return S, Z, _select(S, Z, A, moment, method.select)[:rank], float(np.sum(S**2)), "svd"
-
-
-def _gram(A: np.ndarray, moment: Moment | None, method: Method) -> np.ndarray:
-    """`G = A M^2 A^T` (n, n), from `E[y y^T] = A C A^T` where that is what is stored."""
-    if method.metric != "full" or method.power != 0.5:
-        F = _factor(A, moment, method)
-        return F @ F.T
-    assert moment is not None
-    if moment.second_moment is not None:
-        G = _times_second_moment(A, moment, method) @ A.T
+        Z = Z[:, order]
     else:
-        assert moment.output is not None
-        G = moment.output + _damping(moment, method) * (A @ A.T)
-        if method.center:
-            mean = A @ _mean(moment)
-            G -= np.outer(mean, mean)
-    return (G + G.T) / 2
-
-
-def _factor(A: np.ndarray, moment: Moment | None, method: Method) -> np.ndarray:
-    """`A M` (n, d_in), up to a rotation from the right, which changes neither U nor S."""
-    if method.metric == "identity":
-        return A
-    assert moment is not None
-    if method.metric == "diagonal":
-        return A * (_variance(moment, method) + _damping(moment, method)) ** method.power
-    if method.power == 1:
-        return _times_second_moment(A, moment, method)
-    eigenvalues, V = np.linalg.eigh(_times_second_moment(np.eye(A.shape[1]), moment, method))
-    return (A @ V) * np.maximum(eigenvalues, 0) ** method.power
-
-
-def _times_second_moment(A: np.ndarray, moment: Moment, method: Method) -> np.ndarray:
-    """`A C_d` (n, d_in): damped and centred without a second d_in^2 array."""
-    assert moment.second_moment is not None
-    B = A @ moment.second_moment
-    B += _damping(moment, method) * A
-    if method.center:
-        mean = _mean(moment)
-        B -= np.outer(A @ mean, mean)
-    return B
-
-
-def _damping(moment: Moment, method: Method) -> float:
-    """What is added to the diagonal of C, in the units of C."""
-    return method.damping * float(_variance(moment, method).mean()) if method.epsilon is None else method.epsilon
-
-
-def _variance(moment: Moment, method: Method) -> np.ndarray:
-    """The undamped diagonal (d_in,): E[x_i^2], less the squared mean when centred."""
-    assert moment.diagonal is not None
-    return np.maximum(moment.diagonal - _mean(moment) ** 2, 0) if method.center else moment.diagonal
-
-
-def _mean(moment: Moment) -> np.ndarray:
-    assert moment.mean is not None
-    return moment.mean
+        order = np.arange(len(G))[:: 1 if method.select == "top" else -1][:rank]
+        S, Z = solvers.gram(G, order)
+    has_factor = not (method.metric == "full" and moment is not None and moment.second_moment is None)
+    if has_factor and S[order].min() < GRAM_FLOOR * S[0]:
+        return None
+    return _Directions(S, order, Z, float(np.sum(S**2)), "gram")
 
 
 def _select(S: np.ndarray, Z: np.ndarray, A: np.ndarray, moment: Moment | None, select: str) -> np.ndarray:
@@ -227,12 +205,11 @@ def _components(W: np.ndarray, moment: Moment, rank: int) -> WhitenedSVD:
     U (d_out, r) spans `W P^T` with orthonormal columns; P has orthonormal rows, and `U^T W = diag(S) P` does not hold.
     The tail is that of the input, `||x - P^T P x||`. There is no damping, which would not change eigenvectors.
     """
-    assert moment.second_moment is not None
-    C = moment.second_moment - np.outer(_mean(moment), _mean(moment))
-    spectrum, V = solvers.gram((C + C.T) / 2)
-    P = (V[:, :rank] * _signs(V[:, :rank])).T
+    order = np.arange(rank)
+    spectrum, V = moment.once(("components", rank), lambda: solvers.gram(centred(moment), order))
+    P = (V * _signs(V)).T
     U, R = np.linalg.qr(W @ P.T)
-    total, order = float(np.sum(spectrum**2)), np.arange(rank)
+    total = float(np.sum(spectrum**2))
     return WhitenedSVD(
         U=U * np.where(np.diagonal(R) < 0, -1.0, 1.0),
         S=spectrum[:rank],
@@ -275,9 +252,5 @@ def _validate(W: np.ndarray, moment: Moment | None, method: Method) -> None:
     shapes = {"second_moment": (d_in, d_in), "diagonal": (d_in,), "output": (d_out, d_out), "mean": (d_in,)}
     for name, shape in shapes.items():
         array = getattr(moment, name)
-        if array is None:
-            continue
-        if array.shape != shape:
+        if array is not None and array.shape != shape:
             raise PrepError(f"the moment ({name} {array.shape}) belongs to another model: the weight is {W.shape}")
-        if not np.isfinite(array).all():
-            raise PrepError(f"the moment ({name}) holds NaN or Inf: run `prep covariance` again")

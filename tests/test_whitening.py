@@ -9,7 +9,7 @@ import scipy.linalg
 from threadpoolctl import threadpool_limits
 
 from prep import PrepError
-from prep.preprocess import solvers
+from prep.preprocess import solvers, whitening
 from prep.preprocess.methods import PUBLISHED, Method, basis_name, check
 from prep.preprocess.whitening import Moment, WhitenedSVD, whitened_svd
 
@@ -156,6 +156,61 @@ def test_half_power_of_the_full_moment_has_the_least_output_error(shape):
         assert best < 0.9 * others[-1]
 
 
+@pytest.mark.parametrize("rank", [3, 9, 30])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (150, 130), (130, 150)])
+def test_the_output_error_is_the_least_possible_one(shape, rank):
+    X, W = activations(shape[1]), weight(*shape)
+    M = scipy.linalg.sqrtm(damped(X)).real
+    least = norm(scipy.linalg.svdvals(W @ M)[rank:])
+    got = whitened_svd(W, full(X), Method(rank=rank))
+    assert got.solver == "gram"
+    for error in (got.tail, norm((W - got.U @ (got.S[:, None] * got.P)) @ M)):
+        assert least * (1 - 1e-9) <= error <= least * (1 + 1e-6)
+
+
+TALL = [
+    Method(rank=9),
+    Method(rank=9, center=True),
+    Method("full", 1, rank=9),
+    Method("full", 0.25, rank=9),
+    Method("diagonal", rank=9),
+    Method("identity", rank=9),
+    Method("identity", select="activation", rank=9),
+]
+
+
+@pytest.mark.parametrize("method", TALL, ids=basis_name)
+def test_tall_layers_by_cholesky_and_by_qr_agree(method):
+    X, W = activations(70), weight(120, 70)
+    by_cholesky = whitening._by_cholesky(W, full(X), method, 9)
+    Q, R = np.linalg.qr(W)
+    by_qr = whitening._of_rows(R, full(X), method, 9)
+    assert by_cholesky.route == by_qr.route == "gram"
+    np.testing.assert_array_equal(by_cholesky.order, by_qr.order)
+    np.testing.assert_allclose(by_cholesky.spectrum, by_qr.spectrum, rtol=0, atol=1e-8 * by_qr.spectrum[0])
+    np.testing.assert_allclose(by_cholesky.Z.T @ by_cholesky.Z, np.eye(9), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(np.abs(np.sum(by_cholesky.Z * (Q @ by_qr.Z), axis=0)), 1, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(whitened_svd(W, full(X), method).spectrum, by_cholesky.spectrum)
+
+
+@pytest.mark.parametrize("weakest", [1e-3, 1e-5, 1e-7, 1e-9, 0])
+def test_tall_layers_of_any_condition(weakest):
+    """The activations lift the weak directions of W, so that they are selected."""
+    rng = np.random.default_rng(7)
+    left, right = (np.linalg.qr(rng.standard_normal((n, 40)))[0] for n in (90, 40))
+    sizes = np.r_[np.ones(20), np.full(20, weakest)]
+    W = (left * sizes) @ right.T
+    C = (right * np.linspace(2, 1, 40) / np.maximum(sizes, 1e-9) ** 2) @ right.T
+    moment, method = Moment("full", second_moment=(C + C.T) / 2), Method(damping=0, rank=30)
+    fast = whitening._by_cholesky(W, moment, method, 30)
+    assert (fast is not None) == (weakest == 1e-3)
+    got = whitened_svd(W, moment, method)
+    np.testing.assert_allclose(got.U.T @ got.U, np.eye(30), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got.S[:, None] * got.P, got.U.T @ W, rtol=0, atol=1e-12 * norm(W))
+    if weakest >= 1e-5:
+        np.testing.assert_allclose(got.S, np.sqrt(np.linspace(2, 1, 40)[:30]), rtol=1e-4)
+
+
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_output_moment_gives_the_basis_of_the_full_one(shape, center):
@@ -298,6 +353,17 @@ def test_randomized_route_end_to_end():
 
 
 def test_randomized_without_a_proof_takes_the_exact_route():
+    W = weight(320, 7) @ weight(7, 320)
+    assert solvers.randomized(W @ W.T, 10) is None
+    method = Method("identity", rank=10, solver="randomized")
+    got = whitened_svd(W, None, method)
+    assert (got.solver, got.bound, len(got.S)) == ("svd", 1.0, 10)
+    np.testing.assert_allclose(got.S[:7], scipy.linalg.svdvals(W)[:7], rtol=1e-10)
+    assert got.spectrum.shape == (320,)
+    assert whitening.spectrum_size(W.shape, method) == 10
+
+
+def test_randomized_is_not_tried_for_so_many_directions_that_the_exact_route_costs_less():
     W = np.linalg.qr(np.random.default_rng(5).standard_normal((96, 96)))[0] * np.linspace(1.1, 0.9, 96)
     got = whitened_svd(W, None, Method("identity", rank=40, solver="randomized"))
     assert (got.solver, got.bound) == ("gram", 1.0)
@@ -347,7 +413,16 @@ def test_rank_is_clipped_and_a_full_basis_restores_the_weight():
         assert (got.tail, got.energy) == (0.0, pytest.approx(1.0))
 
 
-@pytest.mark.parametrize("method", [Method(rank=9), Method(rank=9, solver="randomized"), Method("components", rank=9)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(rank=9),
+        Method(rank=9, solver="randomized"),
+        Method(rank=4, solver="randomized"),
+        Method("full", 0.25, rank=9),
+        Method("components", rank=9),
+    ],
+)
 def test_equal_input_gives_bitwise_equal_results_also_on_threads(method):
     X, W = activations(96), weight(80, 96)
     W_before, moment = W.copy(), full(X)
@@ -359,6 +434,23 @@ def test_equal_input_gives_bitwise_equal_results_also_on_threads(method):
                 np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
     np.testing.assert_array_equal(W, W_before)
     np.testing.assert_array_equal(moment.second_moment, before)
+
+
+@pytest.mark.parametrize(
+    "method", [Method("components", rank=9), Method("full", 0.25), Method("full", 0.75, center=True)]
+)
+def test_the_layers_of_a_site_share_what_is_made_of_its_moment(method):
+    X, first, second = activations(96), weight(80, 96), weight(120, 96, seed=2)
+    shared = full(X)
+    whitened_svd(first, shared, method)
+    for W in (first, second):
+        got, alone = whitened_svd(W, shared, method), whitened_svd(W, full(X), method)
+        for name in ("U", "S", "P", "spectrum"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(alone, name))
+    uncentred = whitened_svd(first, shared, replace(method, metric="full", center=False))
+    np.testing.assert_array_equal(
+        uncentred.S, whitened_svd(first, full(X), replace(method, metric="full", center=False)).S
+    )
 
 
 def test_every_published_method_runs_on_a_full_moment():
