@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..store.errors import PrepError
 from .moments import site_elements
@@ -49,6 +51,15 @@ def make_plan(sites: Sequence[Site], kinds: Mapping[str, str], budget: int, mome
     memory = max(sum(sizes[site.name] for site in part) for part in passes)
     stored = sum(sizes.values()) // (1 if moment_dtype == "float64" else 2)
     return Plan(tuple(map(tuple, passes)), memory, stored, 2 * memory)
+
+
+def free_memory() -> int:
+    """Bytes of memory that processes can still be given; half of all where the system does not tell."""
+    try:
+        told = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        told = None
+    return 1024 * int(told[1]) if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def parse_size(text: str) -> int:

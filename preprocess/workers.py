@@ -18,6 +18,7 @@ from ..store import LayerMoment, Moments
 from ..store.errors import PrepError
 from ..store.weights import layer_shape, weight_matrix
 from .methods import Method
+from .plan import free_memory
 from .whitening import Moment, WhitenedSVD, whitened_svd
 
 
@@ -32,7 +33,8 @@ def decomposed(
     sites = _by_site(moments, modules)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes)
-    workers = max(1, min(cores, len(sites)))
+    room = free_memory() // processes // max((_memory(moments, site, modules) for site in sites), default=1)
+    workers = max(1, min(cores, len(sites), room))
     queue = iter(sites)
     running: set[Future] = set()
     with threadpool_limits(max(1, cores // workers)), ThreadPoolExecutor(workers) as pool:
@@ -61,6 +63,13 @@ def _by_site(moments: Moments | None, modules: Mapping[str, nn.Module]) -> list[
         return sum(cost(layer_shape(modules[layer])) for layer in layers)
 
     return sorted((group for group in groups if group), key=work, reverse=True)
+
+
+def _memory(moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module]) -> int:
+    """Bytes that a worker takes for a site: its moment and a copy, and of the largest layer W, P and their products."""
+    shapes = [layer_shape(modules[layer]) for layer in layers]
+    d_in, full = shapes[0][1], moments is not None and moments[layers[0]].kind == "full"
+    return 8 * (2 * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes))
 
 
 def cost(shape: tuple[int, int]) -> int:

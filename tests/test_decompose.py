@@ -467,3 +467,20 @@ def test_a_basis_whose_beginning_failed_can_be_begun_again(llama, tmp_path, monk
             prep.decompose(store, rank=4, quiet=True)
     assert list(prep.open_store(store).bases) == []
     assert len(prep.decompose(store, rank=4, quiet=True)) == 14
+
+
+def test_workers_are_as_many_as_the_memory_has_room_for(llama, tmp_path, monkeypatch):
+    """With room for one site at a time there is one worker, and the basis is the same."""
+    from prep.preprocess import workers
+
+    pools, make = [], workers.ThreadPoolExecutor
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", lambda count: pools.append(count) or make(count))
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _pid: range(4), raising=False)
+    stores = [moments_only(llama.path, tmp_path / name) for name in ("ample", "scarce")]
+    prep.decompose(stores[0], rank=RANK, quiet=True)
+    monkeypatch.setattr(workers, "free_memory", lambda: 300_000)
+    prep.decompose(stores[1], rank=RANK, quiet=True)
+    assert pools[0] == 4 and 1 <= pools[1] < 4
+    ample, scarce = (prep.open_store(store).bases["full"] for store in stores)
+    for layer in ample:  # more threads in each product: other roundings
+        assert tiny.relative(scarce[layer].S, ample[layer].S.numpy()) < 1e-12
