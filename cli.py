@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -47,6 +48,8 @@ def main() -> None:
     prep info                              what the store holds
     """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line of an error
+    # read when torch loads: its idle threads sleep, and leave the cores to those of products.py and workers.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _shared(command: Callable) -> Callable:

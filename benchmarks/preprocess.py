@@ -1,6 +1,9 @@
 """Calibration and decomposition, side by side: prep, PEFT's CorDA and the published form, on the same batches.
 
-python benchmarks/preprocess.py --model MODEL --data gsm8k_train.jsonl --template "{question}\\n{answer}"
+OMP_WAIT_POLICY=passive python benchmarks/preprocess.py --model MODEL --data gsm8k_train.jsonl \\
+    --template "{question}\\n{answer}"
+
+The wait policy is the one that the command line sets.
 
 Stages run in turn, `--rounds` times, in one process; medians, and the ratios are those of the medians. Samples taken
 while other processes used more than 5 % of the machine are dropped. The peak memory of each stage is that of a child
@@ -17,6 +20,7 @@ decompose ...    `prep decompose` from the store and back, by moments and solver
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +31,7 @@ from typing import Any
 
 import torch
 from load import LIMIT, Sample, kept, peak_rss, rss, timed
+from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 
 import prep
@@ -228,6 +233,8 @@ def main() -> None:
     report |= {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "blas": [f"{found['internal_api']} {found.get('architecture', '')}" for found in threadpool_info()],
         "options": vars(options) | {"json": None},
     }
     for line in table(report):
@@ -251,7 +258,8 @@ def table(report: dict[str, Any]) -> list[str]:
         ratio = value / seconds["forward"] if seconds_of_pass(name) else seconds["peft eigens"] / value
         peak, drop = report["peak_bytes"][name] / 1e6, f"{report['dropped'][name]}/{report['rounds']}"
         lines.append(f"{name:28}{value:9.2f}{ratio:8.2f}  {against:18}{peak:9.0f}{drop:>9}")
-    return lines
+    libraries = f"torch {report['torch']}, {report['threads']} threads, {', '.join(report['blas'])}"
+    return [*lines, f"{libraries}, OMP_WAIT_POLICY {report['wait_policy']}"]
 
 
 def seconds_of_pass(name: str) -> bool:

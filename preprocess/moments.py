@@ -1,22 +1,22 @@
 """Streaming moments: sums over tokens of x, x^2, x x^T and y y^T. Numerics only.
 
-A batch X (n, d) adds X^T X. C is symmetric: the panels `X[:, a:b]^T X[:, :b]` of p row ranges hold it in (p + 1) / 2p
-of the memory, and are formed in strips that leave out most of what lies above the diagonal. The product is float32, the
-running sum float64, so the error does not grow with the number of batches.
+A batch X (n, d) adds X^T X. C is symmetric, so only the blocks on and below the diagonal of p row ranges are formed and
+kept: (p + 1) / 2p of the memory. The product is float32, the running sum float64, so the error does not grow with the
+number of batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..store.errors import PrepError
 from ..store.moments import SiteData
 from ..store.schema import panels
-
-STRIP = 192  # rows of one product on a CPU: finer wastes less above the diagonal, until a product is too flat
+from .products import gram_blocks
 
 Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes
 
@@ -38,20 +38,14 @@ class GramSum:
 
     def add(self, X: Tensor) -> None:
         """Add X^T X of X (n, d), float32 or float64, on any device."""
-        for i, (a, b) in enumerate(self.ranges):
-            strips = -(-(b - a) // STRIP) if X.device.type == "cpu" else 1
-            step = -(-(b - a) // strips)
-            for s in range(a, b, step):
-                e = min(s + step, b)
-                for product in self.collect(X[:, s:e].T @ X[:, :e]):
-                    self.panels[i][s - a : e - a, :e].add_(product.cpu())
+        for i, columns, product in gram_blocks(X, self.ranges):
+            for part in self.collect(product):
+                total = self.panels[i][:, columns].numpy()
+                np.add(total, part.cpu().numpy(), out=total)  # torch would wake its threads, which then wait busily
 
     def mean(self, count: int) -> list[Tensor]:
         """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
-        for panel, (a, b) in zip(self.panels, self.ranges, strict=True):
-            square = panel.div_(count)[:, a:b]
-            square.copy_(square.tril() + square.tril(-1).T)
-        return self.panels
+        return [total.div_(count) for total in self.panels]
 
 
 class SiteMoments:

@@ -19,6 +19,7 @@ ALLOWED = {
 
 NUMERICS = ["preprocess/methods.py", "preprocess/metric.py", "preprocess/whitening.py"]
 NUMERICS += ["preprocess/solvers.py", "preprocess/lapack.py", "preprocess/moments.py"]
+NUMERICS += ["preprocess/products.py"]
 NUMERICS += ["adapters/cores.py", "adapters/coefficient.py", "adapters/layer.py"]
 OUTSIDE = {"zarr", "pathlib", "os", "io", "shutil", "tempfile", "glob", "subprocess", "sys", "tqdm", "click"}
 OUTSIDE |= {"transformers", "datasets", "safetensors", "huggingface_hub", "peft"}
