@@ -33,9 +33,9 @@ def kept(samples: list[Sample]) -> list[float]:
     return quiet or [sample.seconds for sample in samples]
 
 
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def forget_peak() -> None:
+    """Begin the peak anew from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def rss() -> int:

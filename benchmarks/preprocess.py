@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load import LIMIT, Sample, kept, peak_rss, rss, timed
+from load import LIMIT, Sample, forget_peak, kept, rss, timed
 from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ from prep.preprocess.calibration import accumulators, forward_of, run_pass, site
 from prep.preprocess.corpus import CorpusOptions, load_corpus
 from prep.preprocess.decompose import decompose
 from prep.preprocess.moments import moment_kind
+from prep.preprocess.plan import peak_memory
 from prep.preprocess.sites import find_sites, target_layers
 from prep.store.schema import panels
 from prep.store.weights import weight_matrix
@@ -216,8 +217,9 @@ def main() -> None:
         for needed in NEEDS.get(options.stage, []):
             stages[needed]()
         before = rss()
+        forget_peak()
         stages[options.stage]()
-        print(json.dumps({"peak": peak_rss() - before}))
+        print(json.dumps({"peak": peak_memory() - before}))
         return
 
     samples: dict[str, list[Sample]] = {name: [] for name in stages}

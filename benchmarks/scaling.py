@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from figures import Figure, Stages, measure, slope, svg, table
-from load import peak_rss
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import prep
 from prep.preprocess.calibration import forward_of
 from prep.preprocess.methods import Method
+from prep.preprocess.plan import peak_memory
 from prep.preprocess.sites import find_sites, target_layers
 from prep.preprocess.whitening import Moment, WhitenedSVD, whitened_svd
 from preprocess import Bench
@@ -266,7 +266,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found[section] = SECTIONS[section][0](options, folder)
             print("\n".join([*table(section, found[section][0]), *found[section][1], ""]), flush=True)
-    machine = {"torch": torch.__version__, "numpy": np.__version__, "peak_bytes": peak_rss()}
+    machine = {"torch": torch.__version__, "numpy": np.__version__, "peak_bytes": peak_memory()}
     print(", ".join(f"{name} {value}" for name, value in machine.items()) + f", {options.threads} threads")
     if options.json:
         asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}

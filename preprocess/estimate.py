@@ -6,8 +6,6 @@ site's write times the size of the store.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from zarr.storage import MemoryStore
 from ..store import write_site
 from .calibration import Forward, accumulators, run_pass, site_members
 from .moments import site_elements
-from .plan import Plan
+from .plan import Plan, peak_memory
 from .stream import Text
 
 
@@ -82,7 +80,7 @@ def estimate(
         tokens=stream.total,
         passes=len(plan.passes),
         accumulators=plan.memory,
-        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        memory=peak_memory(),
         disk=plan.disk,
         checkpoint=plan.checkpoint,
         seconds=seconds,

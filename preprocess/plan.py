@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,22 @@ def make_plan(sites: Sequence[Site], kinds: Mapping[str, str], budget: int, mome
 
 def free_memory() -> int:
     """Bytes of memory that processes can still be given; half of all where the system does not tell."""
+    told = _kilobytes("/proc/meminfo", "MemAvailable")
+    return 1024 * told if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    told = _kilobytes("/proc/self/status", "VmHWM")  # ru_maxrss also counts the process that started this one
+    return 1024 * told if told else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _kilobytes(path: str, name: str) -> int | None:
     try:
-        told = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        told = re.search(rf"{name}:\s*(\d+) kB", Path(path).read_text())
     except OSError:
-        told = None
-    return 1024 * int(told[1]) if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return None
+    return int(told[1]) if told else None
 
 
 def parse_size(text: str) -> int:
