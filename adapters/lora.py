@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from ..store import Basis, BasisSet
-from ..store.bases import make_command
 from ..store.errors import PrepError
 
 
@@ -43,8 +42,9 @@ def check_stored(bases: BasisSet, ranks: Mapping[str, int]) -> None:
                 f"rank {rank} does not fit {layer}, which has 1 to {min(record.shape)}: lower it or set rank_pattern"
             )
         if rank > record.rank:
-            command = f"{make_command(bases.name)[:-1]} --rank {rank} --overwrite`"
-            raise PrepError(f"rank {rank} asked for, basis {bases.name!r} holds {record.rank} of {layer}: {command}")
+            raise PrepError(
+                f"rank {rank} asked for, basis {bases.name!r} holds {record.rank} of {layer}: {bases.command(rank)}"
+            )
 
 
 def _as_int(value: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..store import BasisSet, Store, open_store
+from ..store import Store, open_store
 from ..store.errors import PrepError
 from ..store.weights import is_conv1d, layer_shape
 from .adapter import Adapter, Origin, find_adapter
@@ -53,7 +53,7 @@ def attach(
     if rank is not None and not 1 <= rank <= bases.method["rank"]:
         raise PrepError(
             f"rank {rank} asked for, basis {basis!r} holds 1 to {bases.method['rank']}: make it with "
-            f"{_remake_command(bases, rank)}"
+            f"{bases.command(rank)}"
         )
     try:
         names = [name for name in bases.layers if layers is None or re.search(layers, name)]
@@ -277,11 +277,3 @@ def _save_pretrained(save_pretrained: Callable, *args: Any, **kwargs: Any) -> An
             stacklevel=2,
         )
     return save_pretrained(*args, **kwargs)
-
-
-def _remake_command(bases: BasisSet, rank: int) -> str:
-    method = bases.method
-    options = [f"--{key} {method[key]}" for key in ("metric", "power", "select") if key in method]
-    options = ["--for eva"] if method["metric"] == "components" else options
-    centered = ["--center"] if method.get("center") and method["metric"] != "components" else []
-    return f"`{' '.join(['prep decompose', f'--name {bases.name}', *options, *centered])} --rank {rank} --overwrite`"

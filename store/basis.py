@@ -152,6 +152,16 @@ class BasisSet(Mapping[str, Basis]):
             out[layer] = Basis(U.T, S, P, self.layers[layer], partial(self._read_spectrum, layer))
         return out
 
+    def command(self, rank: int) -> str:
+        """The `prep decompose` command that makes this basis anew with another rank."""
+        options = ["--for eva"] if self.method["metric"] == "components" else []
+        if not options:
+            options = [f"--{key} {self.method[key]}" for key in ("metric", "power", "select")]
+            options += ["--center"] if self.method.get("center") else []
+            damping = "damping" if self.method.get("epsilon") is None else "epsilon"
+            options += [f"--{damping} {self.method[damping]}"] if damping in self.method else []
+        return f"`prep decompose --name {self.name} {' '.join(options)} --rank {rank} --overwrite`"
+
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """The shapes (d_out, d_in) of its layers."""

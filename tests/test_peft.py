@@ -534,7 +534,7 @@ def refused(home, store, match, model=None, **options):
     ("options", "match"),
     [
         ({"init": "pisa"}, "no init 'pisa': choose from pissa, milora"),
-        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --rank 17 --overwrite`"),
+        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --name full --metric full .* --rank 17 --overwrite`"),
         ({"r": 64}, "rank 64 does not fit .*layers.0.self_attn.q_proj, which has 1 to 32"),
         ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17 does not fit .*k_proj"),
         ({"r": 12, "init": "eva"}, "rank 12 with rho 2 takes 24 components, .* holds 16"),
@@ -629,7 +629,7 @@ def test_save_refuses_what_it_cannot_write(home, store, tmp_path):
     [
         ("onnx", {}, "nothing is called --to 'onnx': choose from peft-corda"),
         ("peft-corda", {}, "--to peft-corda needs a --rank"),
-        ("peft-corda", {"rank": 17}, "holds 16 of .*`prep decompose --power 1 --rank 17 --overwrite`|does not fit"),
+        ("peft-corda", {"rank": 17}, "holds 16 of .*`prep decompose .*--power 1.* --rank 17 --overwrite`|does not fit"),
         ("peft-corda", {"rank": 4, "basis": "eva"}, "basis 'eva' does not serve --to peft-corda: take 'full-p1'"),
         ("peft-eva", {"rank": 4, "basis": "full"}, "basis 'full' does not serve --to peft-eva: take 'eva'"),
         ("peft-lora", {"rank": 4, "basis": "full-p3"}, "`prep decompose --power 3`"),
