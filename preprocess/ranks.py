@@ -233,7 +233,9 @@ def joined(distributed: bool) -> Iterator[Ranks]:
             raise PrepError(f"several processes need {', '.join(missing)} in the environment: start them with torchrun")
         with _in_contact():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-    yield _ranks()
+    found = _ranks()
+    yield found
+    found.wait()  # a rank that is gone while another still talks to it takes that one down
     if not begun:
         dist.destroy_process_group()
 

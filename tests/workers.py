@@ -1,5 +1,6 @@
 """Functions for spawned processes, and the small models and stores that they and the adapter tests share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -229,5 +230,7 @@ def distributed_setups(rank: int, world: int, store: str, folder: str) -> None:
             prep.detach(wrapped)
             with pytest.raises(prep.PrepError, match=r"already (wrapped|sharded)"):
                 prep.attach(wrapped, store)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # torch's threads sometimes abort a process whose interpreter ends before them
