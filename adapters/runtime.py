@@ -7,7 +7,6 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from .cores import CORES, Core
 from .layer import AdaptedLinear
 from .verify import check_weight, is_plain, tensors_of
 
-CHECKERS = 4  # threads
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -211,15 +209,9 @@ def unmerge(model: nn.Module) -> None:
 def _check_weights(
     modules: dict[str, nn.Module], parts: dict[str, tuple[Tensor, Tensor, Tensor]], origin: Origin
 ) -> None:
-    """`check_weight` of every layer, on a few threads: one alone does not hash as fast as the memory can be read."""
-
-    def check(names: list[str]) -> None:
-        for name in names:
-            check_weight(name, modules[name], *parts[name], origin.weights[name], origin.identity)
-
-    names = list(modules)
-    with ThreadPoolExecutor(CHECKERS) as pool:
-        list(pool.map(check, (names[i::CHECKERS] for i in range(CHECKERS))))
+    """`check_weight` of every layer."""
+    for name, module in modules.items():
+        check_weight(name, module, *parts[name], origin.weights[name], origin.identity)
 
 
 def _fill(name: str, layer: AdaptedLinear, state: dict[str, Tensor]) -> None:
