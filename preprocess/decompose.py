@@ -161,7 +161,8 @@ def decompose(
 
 def _share(todo: list[str], moments: Moments | None, shapes: Mapping[str, tuple[int, int]], ranks: Ranks) -> list[str]:
     """The layers of this rank: whole sites, so that each moment is read once, and about the same work for all."""
-    site = {layer: moments[layer].site if moments is not None else layer for layer in todo}
+    sites = moments.sites if moments is not None else {layer: [layer] for layer in todo}
+    site = {layer: name for name, layers in sites.items() for layer in layers}
     work: dict[str, int] = {}
     for layer in todo:
         work[site[layer]] = work.get(site[layer], 0) + cost(shapes[layer])
