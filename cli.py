@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .preprocess.methods import PUBLISHED
-from .store.errors import PrepError
+from .errors import PrepError
+from .preprocess.numerics.methods import PUBLISHED
 
 
 class _Group(click.Group):
@@ -130,10 +130,10 @@ def covariance(store: str, quiet: bool, memory_budget: str, checkpoint_every: st
         --template "{question}\\n{answer}"
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
     """
+    from .preprocess.calibration.estimate import Estimate, lines
+    from .preprocess.calibration.plan import parse_seconds, parse_size
     from .preprocess.covariance import covariance as run
-    from .preprocess.estimate import Estimate, lines
-    from .preprocess.plan import parse_seconds, parse_size
-    from .preprocess.ranks import launched
+    from .preprocess.distributed import launched
     from .store.info import skipped_lines
 
     options |= {"memory_budget": parse_size(memory_budget), "checkpoint_every": parse_seconds(checkpoint_every)}
@@ -192,7 +192,7 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     prep decompose --metric identity --model X   plain SVD, needs no covariance
     """
     from .preprocess.decompose import decompose as run
-    from .preprocess.ranks import launched
+    from .preprocess.distributed import launched
 
     basis = run(store, quiet=quiet, distributed=launched(), **options)
     if basis is None:  # rank 0 says the rest
@@ -257,7 +257,7 @@ def export(store: str, quiet: bool, **options: Any) -> None:
     prep export --to peft-lora adapter/ --basis full --rank 16
     prep export --to safetensors basis.safetensors        U, S and P of every layer
     """
-    from .adapters.exports import export as run
+    from .adapters.peft.export import export as run
 
     _say(quiet, f"written to {run(store, **options)}")
 

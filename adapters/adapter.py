@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..store.errors import PrepError
+from ..errors import PrepError
 from .coefficient import Coefficient
 from .cores import Core
 from .layer import AdaptedLinear

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..store.errors import PrepError
+from ..errors import PrepError
 from .coefficient import Coefficient
 
 

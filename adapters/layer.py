@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..store.weights import layer_shape
+from ..linear import layer_shape
 from .cores import Core
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..store.weights import weight_hash, weight_matrix
+from ..linear import weight_hash, weight_matrix
 from .adapter import Adapter, Origin
-from .checkpoint import load, save
+from .attach import install, merge, unmerge
 from .cores import Core
-from .runtime import install, merge, unmerge
+from .saved import load, save
 
 
 def check_core(core: type[Core] | Core, *, starts_at_base: bool = True) -> None:

@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import prep
-from prep.preprocess.methods import Method
-from prep.preprocess.whitening import whitened_svd
+from prep.linear import weight_hash
+from prep.preprocess.numerics.methods import Method
+from prep.preprocess.numerics.whitening import whitened_svd
 from prep.store import BasisWriter, LayerRecord, create_store
-from prep.store.weights import weight_hash
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from load import LIMIT, kept, timed
 from safetensors.torch import load_file, save_file
 
 import prep
-from prep.preprocess import models
+from prep.preprocess.model import loading as models
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prep
-from prep.preprocess.corpus import CorpusOptions, load_corpus
+from prep.linear import weight_matrix
+from prep.preprocess.corpus.text import CorpusOptions, load_corpus
 from prep.store import Store
-from prep.store.weights import weight_matrix
 
 RANKS = (8, 32, 128)
 

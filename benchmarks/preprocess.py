@@ -35,15 +35,15 @@ from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 
 import prep
-from prep.preprocess import models
-from prep.preprocess.calibration import accumulators, forward_of, run_pass, site_members
-from prep.preprocess.corpus import CorpusOptions, load_corpus
+from prep.linear import weight_matrix
+from prep.preprocess.calibration.hooks import accumulators, forward_of, run_pass, site_members
+from prep.preprocess.calibration.plan import peak_memory
+from prep.preprocess.corpus.text import CorpusOptions, load_corpus
 from prep.preprocess.decompose import decompose
-from prep.preprocess.moments import moment_kind
-from prep.preprocess.plan import peak_memory
-from prep.preprocess.sites import find_sites, target_layers
-from prep.store.schema import panels
-from prep.store.weights import weight_matrix
+from prep.preprocess.model import loading as models
+from prep.preprocess.model.sites import find_sites, target_layers
+from prep.preprocess.numerics.accumulators import moment_kind
+from prep.store.format.schema import panels
 
 
 class Bench:

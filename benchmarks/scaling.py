@@ -31,11 +31,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prep
-from prep.preprocess.calibration import forward_of
-from prep.preprocess.methods import Method
-from prep.preprocess.plan import peak_memory
-from prep.preprocess.sites import find_sites, target_layers
-from prep.preprocess.whitening import Moment, WhitenedSVD, whitened_svd
+from prep.preprocess.calibration.hooks import forward_of
+from prep.preprocess.calibration.plan import peak_memory
+from prep.preprocess.model.sites import find_sites, target_layers
+from prep.preprocess.numerics.methods import Method
+from prep.preprocess.numerics.whitening import Moment, WhitenedSVD, whitened_svd
 from preprocess import Bench
 
 DAMPING = 1e-3

@@ -16,24 +16,24 @@ from typing import Any
 from torch import nn
 
 from .. import __version__
+from ..errors import PrepError
 from ..store import Store, open_store
-from ..store.errors import PrepError
+from ..store.format.schema import content_hash, disk_guard, is_url
 from ..store.lock import writer_lock
-from ..store.schema import content_hash, disk_guard, is_url
-from . import models
-from .calibration import accumulators, evaluating, run_pass
-from .checks import check_fits, check_inputs, check_ranks, existing_run
-from .corpus import CorpusOptions, load_corpus
-from .estimate import Estimate, estimate
-from .methods import MOMENT_KINDS, one_of
-from .moments import SiteMoments, moment_kind
-from .placement import placement
-from .plan import make_plan
+from .calibration.checks import check_fits, check_inputs, check_ranks, existing_run
+from .calibration.estimate import Estimate, estimate
+from .calibration.hooks import accumulators, evaluating, run_pass
+from .calibration.plan import make_plan
+from .calibration.recovery import Recovery
+from .corpus.source import Batches, Mask, Text
+from .corpus.text import CorpusOptions, load_corpus
+from .distributed import joined
+from .model import loading as models
+from .model.placement import placement
+from .model.sites import encoder_of, find_sites, other_weights, target_layers
+from .numerics.accumulators import SiteMoments, moment_kind
+from .numerics.methods import MOMENT_KINDS, one_of
 from .progress import Progress
-from .ranks import joined
-from .recovery import Recovery
-from .sites import encoder_of, find_sites, other_weights, target_layers
-from .stream import Batches, Mask, Text
 
 
 def covariance(

@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..errors import PrepError, StoreError
+from ..linear import dtype_name, layer_shape, weight_hash, weight_matrix
 from ..store import BasisSet, BasisWriter, LayerMoment, LayerRecord, Moments, Store, create_store, open_store
 from ..store.bases import LayerDone
-from ..store.errors import PrepError, StoreError
+from ..store.format.schema import content_hash, disk_guard, is_url
 from ..store.lock import writer_lock
-from ..store.schema import content_hash, disk_guard, is_url
-from ..store.weights import dtype_name, layer_shape, weight_hash, weight_matrix
-from . import models
-from .experts import expert_layers
-from .methods import Method, basis_name, check, method_for, one_of
+from .decomposition.workers import cost, decomposed
+from .distributed import Ranks, dealt, joined
+from .model import loading as models
+from .model.experts import expert_layers
+from .model.sites import target_layers
+from .numerics.methods import Method, basis_name, check, method_for, one_of
+from .numerics.whitening import WhitenedSVD, spectrum_size
 from .progress import Progress, say
-from .ranks import Ranks, dealt, joined
-from .sites import target_layers
-from .whitening import WhitenedSVD, spectrum_size
-from .workers import cost, decomposed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import PrepError
+from ..linear import weight_matrix
 from ..store import open_store
-from ..store.errors import PrepError
-from ..store.verify import Report, verify_store
-from ..store.weights import weight_matrix
-from . import models
-from .sites import target_layers
+from ..store.integrity import Report, verify_store
+from .model import loading as models
+from .model.sites import target_layers
 
 
 def verify(

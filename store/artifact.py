@@ -14,9 +14,9 @@ from typing import Any
 import zarr
 from zarr.errors import BaseZarrError
 
-from . import schema
+from ..errors import StoreError
 from .bases import Bases
-from .errors import StoreError
+from .format import schema
 from .moments import Moments
 
 _REQUIRED = {"format": str, "format_version": int, "id": str, "model": dict, "status": str, "bases": list}

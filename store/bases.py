@@ -15,9 +15,9 @@ import torch
 import zarr
 from torch import Tensor
 
-from . import schema
+from ..errors import StoreError
 from .basis import BasisSet, LayerRecord, Place, group_arrays, group_key
-from .errors import StoreError
+from .format import schema
 
 FLUSH_SECONDS = 1.0
 FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer

@@ -16,8 +16,8 @@ from typing import Any
 import zarr
 from torch import Tensor
 
-from . import schema
-from .errors import StoreError
+from ..errors import StoreError
+from .format import schema
 
 
 @dataclass(frozen=True)

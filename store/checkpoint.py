@@ -12,7 +12,7 @@ from typing import Any
 import zarr
 from zarr.core.sync import sync
 
-from . import schema
+from .format import schema
 from .moments import SiteData, read_site, write_site
 
 

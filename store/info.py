@@ -9,10 +9,10 @@ from typing import Any
 
 import zarr
 
+from ..errors import StoreError
 from .artifact import Store
 from .bases import Bases
 from .basis import BasisSet
-from .errors import StoreError
 
 
 def _readable(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

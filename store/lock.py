@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import StoreError
-from .schema import is_url
+from ..errors import StoreError
+from .format.schema import is_url
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .artifact import Store
 from .basis import BasisSet, group_key
-from .documents import Layout
+from .format.documents import Layout
 from .moments import LayerMoment
 
 

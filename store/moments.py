@@ -16,8 +16,8 @@ import torch
 import zarr
 from torch import Tensor
 
-from . import schema
-from .errors import StoreError
+from ..errors import StoreError
+from .format import schema
 
 KINDS = ("full", "diagonal", "output")
 MOMENT_DTYPES = ("float64", "float32")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import PrepError, StoreError
 from .artifact import Store, create_store, open_store
 from .checkpoint import finish
-from .errors import PrepError, StoreError
+from .format.schema import child, content_hash, disk_guard, is_url
 from .lock import writer_lock
 from .moments import SiteData, begin_moments, read_site, write_site
-from .schema import child, content_hash, disk_guard, is_url
 
 
 def pool(

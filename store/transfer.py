@@ -13,14 +13,14 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from . import schema
+from ..errors import StoreError
 from .artifact import Store, open_store
-from .documents import MAX_DOCUMENT, Layout
-from .errors import StoreError
-from .files import at_once, fetch, fetch_async
+from .format import schema
+from .format.documents import MAX_DOCUMENT, Layout
+from .format.files import at_once, fetch, fetch_async
+from .integrity import verify_store
 from .lock import writer_lock
 from .manifest import files, manifest
-from .verify import verify_store
 
 
 def push(store: str | Path, url: str, *, overwrite: bool = False) -> Store:

@@ -17,7 +17,7 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
     import torch
 
     import prep
-    from prep.preprocess.recovery import Recovery
+    from prep.preprocess.calibration.recovery import Recovery
     from prep.store.bases import BasisWriter
 
     os.environ.update(environment)

@@ -14,7 +14,7 @@ CONTEXT.set_forkserver_preload(
 
 def covariance(options: Mapping[str, Any], pause: float, said: str) -> None:
     """`prep covariance` with checkpoints as often as asked, a pause after every batch, and what it says in a file."""
-    from prep.preprocess import recovery
+    from prep.preprocess.calibration import recovery
 
     recovery.CHECKPOINT_SHARE = 1.0
     done = recovery.Recovery.batch_done

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import prep
 from prep.adapters.adapter import Adapter
+from prep.linear import is_linear, layer_shape, weight_hash, weight_matrix
 from prep.store import BasisWriter, LayerRecord, create_store
-from prep.store.weights import is_linear, layer_shape, weight_hash, weight_matrix
 
 METHODS = {
     "full": {"metric": "full", "power": 0.5, "select": "top"},

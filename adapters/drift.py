@@ -1,0 +1,89 @@
+"""Does a basis belong to this weight? U^T W = diag(S) P holds for every basis that was made from W.
+
+Weights of the dtype the basis was made from are compared by hash. Others, quantised ones included, are probed: for
+random x, `(W x)^T U` against `(P x)^T diag(S)`; the relative difference is the drift of the weights.
+"""
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PrepError
+from ..linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ..store.format.schema import DTYPES
+
+TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3, "int8": 5e-2}
+PACKED_TOLERANCE = 0.25  # four bits show 0.07 to 0.1, other weights more than 1
+PROBES = 8
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True if the weight is an ordinary floating-point tensor, not packed and not a tensor subclass."""
+    weight = getattr(module, "weight", None)
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES.values()  # type: ignore[union-attr]
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The layer's tensors, the weight first where there is one: they tell its device and dtypes."""
+    weight = getattr(module, "weight", None)
+    others = chain(module.parameters(), module.buffers())
+    return [*([weight] if isinstance(weight, Tensor) else []), *others]
+
+
+def check_weight(
+    name: str, module: nn.Module, U: Tensor, S: Tensor, P: Tensor, made_from: tuple[str, str], identity: bool = True
+) -> None:
+    """PrepError with the drift in percent if the basis U (d_out, r), S (r,), P (r, d_in) belongs to other weights.
+
+    made_from: hash and dtype of the weight that was decomposed. identity: False for a basis of components, for which
+    U^T W = diag(S) P does not hold and only the hash can tell.
+    """
+    expected, dtype = made_from
+    where = f"{name} has other weights than its basis was made from"
+    advice = "give the model that was decomposed, or pass verify=False"
+    same_dtype = False
+    if is_plain(module) and dtype in DTYPES:
+        W = weight_matrix(module)
+        same_dtype = W.dtype == DTYPES[dtype]
+        if weight_hash(W.to(DTYPES[dtype])) == expected:
+            return
+    if not identity:
+        raise PrepError(f"{where}, or the same in another dtype than {dtype}: {advice}")
+    found = drift(module, U, S, P)
+    if same_dtype or not found <= tolerance(module, dtype, U.dtype):
+        raise PrepError(f"{where} (drift {found:.2%}): {advice}")
+
+
+def drift(module: nn.Module, U: Tensor, S: Tensor, P: Tensor) -> float:
+    """Relative difference of x W^T U and x P^T diag(S) for random x: 0 up to rounding for the right weights.
+
+    Relative to what r directions of x W^T hold on average, where these hold less: rounding hits all directions alike.
+    """
+    x = torch.randn(PROBES, layer_shape(module)[1], generator=torch.Generator().manual_seed(0))
+    h = (x @ P.cpu().float().T) * S.cpu().float()
+    y = product(module, x).cpu().float()
+    scale = max(h.norm(), y.norm() * (U.shape[1] / U.shape[0]) ** 0.5)
+    return ((y @ U.cpu().float() - h).norm() / scale).item()
+
+
+def product(module: nn.Module, x: Tensor) -> Tensor:
+    """x @ W.T for x (n, d_in) in float32, through the forward where the weight is packed."""
+    tensors = tensors_of(module)
+    x = x.to(tensors[0].device)
+    with torch.no_grad():
+        if is_plain(module):
+            return x @ weight_matrix(module).float().T
+        x = x.to(next((t.dtype for t in tensors if t.dtype in DTYPES.values()), torch.float32))
+        probe = copy.copy(module)  # a forward may settle dtypes on the module and, in evaluation, repack its weight
+        probe.training = True
+        y, bias = probe(x), getattr(module, "bias", None)
+        return y if bias is None else y - bias
+
+
+def tolerance(module: nn.Module, made_from: str, stored: torch.dtype) -> float:
+    """The drift that the coarsest of the dtypes involved explains."""
+    dtype = tensors_of(module)[0].dtype
+    here = dtype_name(dtype) if is_plain(module) or dtype == torch.int8 else "packed"
+    return max(TOLERANCE.get(name, PACKED_TOLERANCE) for name in (here, made_from, dtype_name(stored)))

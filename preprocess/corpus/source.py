@@ -1,0 +1,149 @@
+"""What a calibration reads: text through a tokenizer, or batches of one's own for any module.
+
+Both give numbered batches, the masks of a batch, a forward that takes it, and what a store says of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ...errors import PrepError
+from ..calibration.hooks import Batch, Forward, forward_of, text_masks
+from ..model.experts import watched
+from ..model.placement import input_device
+from ..model.sites import DECODER_MASK, MASK
+from .text import Corpus
+
+PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found
+Mask = Callable[[Any], Tensor | None]
+
+
+class Text:
+    """A corpus in batches of `batch_size` sequences, for a transformers model."""
+
+    unit = "tokens"
+    once = False
+
+    def __init__(self, corpus: Corpus, batch_size: int):
+        self.corpus, self.batch_size = corpus, batch_size
+        self.total = corpus.tokens
+        self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
+
+    def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
+        """Runs the part of the model that holds `layers`."""
+        return forward_of(model, layers)
+
+    def example(self) -> Batch:
+        """The beginning of the first sequence."""
+        return {name: value[:, :PROBE_TOKENS] for name, value in next(self.corpus.batches(1)).items()}
+
+    def read(self, first: int = 0) -> Iterator[Batch]:
+        """Batches from number `first` on."""
+        return self.corpus.batches(self.batch_size, first * self.batch_size)
+
+    def masks(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The masks of a batch by name."""
+        return text_masks(batch)
+
+    def end(self, number: int) -> int:
+        """`number`, or the number of batches where there are fewer."""
+        return min(number, -(-len(self.corpus.sequences) // self.batch_size))
+
+    def size(self, first: int, last: int) -> int:
+        """Tokens of the batches from number `first` to before `last`."""
+        return sum(map(len, self.corpus.sequences[first * self.batch_size : last * self.batch_size]))
+
+
+class Batches:
+    """Batches of one's own: dictionaries, tuples or tensors, which the module is called with.
+
+    mask: batch -> (B, T), zero on padding, or None; by default the `attention_mask` of a dictionary. Inputs of other
+    leading sizes are not masked. once: they cannot be read again. `about` is complete when all have been read.
+    """
+
+    unit = "batches"
+
+    def __init__(self, batches: Iterable[Any], mask: Mask | None = None):
+        self._mask = mask
+        iterator = iter(batches)
+        self.once = iterator is batches
+        self._first: Any = next(iterator, None)
+        if self._first is None:
+            raise PrepError("batches= is empty: give at least one batch")
+        self._batches = chain([self._first], iterator) if self.once else batches
+        self.total = len(batches) if isinstance(batches, Sized) else 0
+        self.about: dict[str, Any] = {"source": "batches"}
+        self.masks(self._first)
+
+    def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
+        """Calls the model with a batch, moved to the model's device."""
+        device = input_device(model)
+
+        def here(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        def forward(batch: Batch) -> object:
+            if isinstance(batch, Mapping):
+                return model(**{name: here(value) for name, value in batch.items()})
+            return model(*map(here, batch)) if isinstance(batch, (tuple, list)) else model(here(batch))
+
+        return watched(forward, layers)
+
+    def example(self) -> Batch:
+        """The first batch."""
+        return self._first
+
+    def read(self, first: int = 0) -> Iterator[Batch]:
+        """The batches, which are counted and hashed as they come."""
+        digest, count = xxhash.xxh3_128(), 0
+        for batch in self._batches:
+            _hash(digest, batch)
+            count += 1
+            yield batch
+        self.about |= {"batches": count, "hash": digest.hexdigest()}
+
+    def masks(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The masks of a batch by name."""
+        given = batch if isinstance(batch, Mapping) else {}
+        found = {name: given[name] for name in (MASK, DECODER_MASK) if given.get(name) is not None}
+        if self._mask is not None:
+            found.pop(MASK, None)
+            own = self._mask(batch)
+            found |= {} if own is None else {MASK: own}
+        for name, mask in found.items():
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                what = f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
+                raise PrepError(f"the {name} {what}: give mask=, a function from a batch to (B, T)")
+        return found
+
+    def end(self, number: int) -> int:
+        """`number`: how many batches there are may not be known."""
+        return number
+
+    def size(self, first: int, last: int) -> int:
+        """The number of batches: their tokens are not known before they are read."""
+        return last - first
+
+
+def _hash(digest: Any, value: Any) -> None:
+    """Feed names, shapes, dtypes and contents of a batch into the digest."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            digest.update(str(name).encode())
+            _hash(digest, item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _hash(digest, item)
+    else:
+        plain = isinstance(value, (str, int, float, bool)) or value is None
+        digest.update((repr(value) if plain else type(value).__name__).encode())

@@ -1,0 +1,1 @@
+"""The layers of a model on worker threads, through numerics/whitening.py into a basis."""

@@ -1,0 +1,193 @@
+"""Models and tokenizers by path or hub id, with one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import glob
+import json
+import logging
+import os
+import tempfile
+import textwrap
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import PrepError
+from ...linear import dtype_name
+from ...store.format.schema import content_hash
+from .placement import computes_on_cpu, partition, placement
+from .sites import block_index
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def absolute_if_local(name: str) -> str:
+    """A local path or glob made absolute, so that a store finds it from anywhere; a hub id as it is."""
+    return os.path.abspath(name) if glob.glob(name, recursive=True) else name
+
+
+def load_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration. PrepError if there is no such model or it needs code of its own."""
+    from transformers import AutoConfig
+
+    with _one_line(model):
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. PrepError if it has none."""
+    from transformers import AutoTokenizer
+
+    with _one_line(model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in evaluation mode, as the class its configuration names, from safetensors only.
+
+    dtype "auto": the checkpoint's on an accelerator, float32 on a CPU, where half precision is slow and less exact.
+    device_map, max_memory: see placement.py. Weights that go to disk stay in the checkpoint; those that it holds in
+    another form are written to a folder in TMPDIR, which goes with the model or the process.
+    PrepError if it cannot be loaded, or the checkpoint lacks weights of the blocks, which would be random.
+    """
+    import transformers
+
+    devices, memory = placement(device, device_map, max_memory)
+    config = load_config(model, revision, trust_remote_code)
+    try:
+        on_cpu = torch.device(device or "cpu").type == "cpu" if devices is None else computes_on_cpu(devices, memory)
+    except RuntimeError as error:
+        raise PrepError(f"--device {device!r} does not exist: write it like cpu, cuda or cuda:1") from error
+    torch_dtype = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
+    names = getattr(config, "architectures", None) or []
+    auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
+    if isinstance(devices, dict):
+        with _one_line(model):
+            empty = _without_weights(auto, config, trust_remote_code)
+        devices = partition(empty, devices)
+    with _one_line(model), _quiet(transformers), contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prep-offload-")) if devices else None
+        loaded: Any
+        loaded, report = auto.from_pretrained(  # type: ignore[misc]
+            model,
+            config=config,
+            revision=revision,
+            dtype=torch_dtype,
+            device_map=devices,
+            max_memory=memory,
+            offload_folder=folder,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+        )
+        weakref.finalize(loaded, stack.pop_all().close)
+    random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    in_blocks = sorted(name for name in random if block_index(name) is not None)
+    if in_blocks:
+        raise PrepError(
+            f"the checkpoint {model} has no {in_blocks[0]} of the shape that its config.json says"
+            f" ({len(in_blocks)} such weights): complete it, or name another --model"
+        )
+    if device is not None:
+        try:
+            loaded = loaded.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise PrepError(f"--device {device} cannot be used: {_first_line(error)}") from error
+    return loaded.eval()
+
+
+def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> nn.Module:
+    """The modules of the model that `auto` would load, on the meta device."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(config)
+    with init_empty_weights():
+        if hasattr(auto, "from_config"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+        return auto(config)
+
+
+def config_hash(config: Any) -> str:
+    """Hash of what the configuration says of the architecture, without names and library versions."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        fields.pop(name, None)
+    return content_hash([json.dumps(fields, sort_keys=True)])
+
+
+def model_hash(model: nn.Module) -> str:
+    """Hash of the architecture: of its configuration, or of names and shapes where a module has none."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        return config_hash(config)
+    return content_hash(f"{name} {tuple(parameter.shape)}\n" for name, parameter in model.named_parameters())
+
+
+def describe(model: nn.Module, model_id: str | None, revision: str | None) -> dict[str, Any]:
+    """The store's `model` attribute; the id is None for a module that was passed as such."""
+    first = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None) if model_id else None
+    return {
+        "id": model_id,
+        "revision": revision or commit,
+        "class": type(model).__name__,
+        "config_hash": model_hash(model),
+        "dtype": dtype_name(getattr(model, "dtype", first)),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _one_line(model: str, what: str = "model") -> Iterator[None]:
+    """Turn the loaders' exceptions into one line."""
+    try:
+        yield
+    except Exception as error:  # loaders and hub client raise their own kinds
+        if "trust_remote_code" in str(error):
+            raise PrepError(
+                f"{model} needs code from its own repository: pass --trust-remote-code if you trust it"
+            ) from error
+        path = Path(model)
+        # a hub id is one name, or two joined by a slash
+        if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
+            raise PrepError(f"no {what} at {model}: give a directory with config.json or a hub id") from error
+        said = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        full = "No space left" in str(error)
+        advice = "set TMPDIR, where offloaded experts go, or HF_HOME to a larger disk" if full else "check --model"
+        raise PrepError(f"cannot load the {what} {model} ({said}): {advice}") from error
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No bars, no report on the weights, which is read instead, and no warning of what a device map asks for."""
+    log, accelerate = transformers.utils.logging, logging.getLogger("accelerate")
+    shown, verbosity, level = log.is_progress_bar_enabled(), log.get_verbosity(), accelerate.level
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        accelerate.setLevel(level)
+        log.set_verbosity(verbosity)
+        if shown:
+            log.enable_progress_bar()

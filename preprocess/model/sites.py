@@ -1,0 +1,251 @@
+"""Which linear layers are calibrated, grouped by the input they share.
+
+Layers that read the same activation (q_proj, k_proj, v_proj; gate_proj, up_proj) form one site and cost one second
+moment. Sharing is observed, not guessed from names: two layers share if one forward hands both the same tensor at the
+same version. The experts of a block share nothing: each of their projections is a site (see experts.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PrepError
+from ...linear import is_linear, layer_shape
+from .experts import ExpertLinear, expert_layers, home, is_fused
+
+MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
+_NO_PRODUCTS = (nn.Embedding, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input activation and the linear layers that read it.
+
+    name: the first member in call order; members: layer names in call order; shapes: (d_out, d_in) of each.
+    mask: which of a batch's masks tells its real tokens; routed: it is an expert, which is given real tokens only.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    mask: str = MASK
+    routed: bool = False
+
+    @property
+    def d_in(self) -> int:
+        """Width of the shared input."""
+        return self.shapes[0][1]
+
+
+def block_index(name: str) -> int | None:
+    """The number of the block a module lies in: the first numeric part of its path, None outside the blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def target_layers(
+    model: nn.Module,
+    targets: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: str | None = None,
+) -> dict[str, nn.Module]:
+    """Linear layers by full module name in module order, then fused experts.
+
+    Without `targets`: every linear layer of the blocks, so not the head; in a model without blocks, every linear layer.
+    targets, exclude: regular expressions searched in the names; layers: block numbers such as "0-3,8". PrepError if a
+    target matches no layer, or nothing linear.
+    """
+    modules: dict[str, nn.Module] = {**dict(model.named_modules()), **expert_layers(model)}
+    linear = {name: module for name, module in modules.items() if is_linear(module)}
+    chosen = {name for name in linear if block_index(name) is not None} or set(linear)
+    if targets:
+        chosen = set()
+        for pattern in targets:
+            found = {name for name in modules if name and _search(pattern, name, "--targets")}
+            if not found:
+                raise PrepError(
+                    f"no layer matches --targets {pattern!r}: {type(model).__name__} has {_examples(list(linear))}"
+                )
+            if not found & linear.keys():
+                name = min(found, key=len)
+                kind = type(modules[name]).__name__
+                raise PrepError(
+                    f"--targets {pattern!r} matches {name}, a {kind}, which is not a linear layer: "
+                    f"{type(model).__name__} has {_examples(list(linear))}"
+                )
+            chosen |= found & linear.keys()
+    chosen = _narrowed(chosen, exclude, layers)
+    if not chosen:
+        where = "--targets, --exclude and --layers" if targets or exclude or layers else "the blocks of this model"
+        raise PrepError(f"no linear layer is left by {where}: {type(model).__name__} has {_examples(list(linear))}")
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def parse_layers(text: str) -> set[int]:
+    """Block numbers from "0-3,8". PrepError for anything else."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not match:
+            raise PrepError(f"--layers {text!r} is not a list of block numbers: write it like 0-3,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        numbers.update(range(first, last + 1))
+    return numbers
+
+
+def other_weights(model: nn.Module, exclude: Sequence[str] = (), layers: str | None = None) -> dict[str, str]:
+    """The matrices of the blocks that belong to no linear layer, embedding or convolution: name -> why not calibrated.
+
+    Routers, experts in a layout of their own, packed attention weights. exclude, layers: as in `target_layers`.
+    """
+    reached = {expert.fused for expert in expert_layers(model).values()}
+    found = {}
+    for owner, module in model.named_modules():
+        if is_linear(module) or isinstance(module, _NO_PRODUCTS):
+            continue
+        for key, parameter in module.named_parameters(owner, recurse=False):
+            matrix = parameter.numel() > max(parameter.shape, default=1) and "bias" not in key.rpartition(".")[2]
+            if matrix and key not in reached:
+                what = "packed or not in memory" if is_fused(module) else "no linear layer"
+                found[key] = f"a weight of {type(module).__name__}, which is {what}"
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    if any(block_index(name) is not None for name in linear):
+        found = {name: reason for name, reason in found.items() if block_index(name) is not None}
+    kept = _narrowed(set(found), exclude, layers)
+    return {name: reason for name, reason in found.items() if name in kept}
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of a transformers encoder-decoder, which `model` is or holds; None where there is none."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
+            return module.get_encoder()  # type: ignore[operator]
+    return None
+
+
+def find_sites(
+    targets: dict[str, nn.Module], forward: Callable[[], object], encoder: nn.Module | None = None
+) -> tuple[list[Site], dict[str, str]]:
+    """Sites in call order, observed in one call of `forward`, and the layers it did not reach with the reason.
+
+    encoder: of an encoder-decoder; what lies outside of it has the decoder's mask unless it reads the encoder's output.
+    The inputs are kept alive until the forward ends, so `forward` should run a short sequence.
+    """
+    calls: dict[str, list[tuple[Tensor, int]]] = {}
+    skipped: dict[str, str] = {}
+    handles = []
+    encoded: list[Tensor] = []
+    if encoder is not None:
+        keep = lambda _m, _args, y: encoded.append(y if isinstance(y, Tensor) else y[0])  # noqa: E731
+        handles.append(encoder.register_forward_hook(keep))
+    for name, module in targets.items():
+
+        def note(_module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+            x = layer_input(args, kwargs)
+            calls.setdefault(name, []).append((x, x._version))
+
+        def look(module: nn.Module, _args: tuple, y: object, name: str = name) -> None:
+            if not isinstance(y, Tensor):  # a router of Llama 4
+                skipped[name] = f"{type(module).__name__} gives a {type(y).__name__}, a linear layer a tensor"
+
+        handles += [module.register_forward_pre_hook(note, with_kwargs=True), module.register_forward_hook(look)]
+    try:
+        with torch.no_grad():
+            forward()
+    except (NotImplementedError, RuntimeError) as error:  # such as `x.to(self.embed_tokens.weight.device)`
+        if not re.search(r"\bmeta\b", str(error)):
+            raise
+        raise PrepError(
+            "the model looks at a weight that is on disk from outside of its module: keep the embedding off it, "
+            """such as --device-map '{"": "disk", "model.embed_tokens": "cpu"}'"""
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
+
+    def mask_of(name: str) -> str:
+        x = calls[name][0][0] if name in calls else None
+        of_encoder = id(home(targets[name])) in inside or (x is not None and any(_same(x, e) for e in encoded))
+        return MASK if encoder is None or of_encoder else DECODER_MASK
+
+    calls = {name: inputs for name, inputs in calls.items() if name not in skipped}
+    groups: dict[tuple, list[str]] = {}
+    for name, inputs in _with_all_experts(calls, targets):
+        key = (id(inputs[0][0]), inputs[0][1]) if len(inputs) == 1 else (name,)  # called twice: a site of its own
+        groups.setdefault(key, []).append(name)
+    sites = [
+        Site(
+            members[0],
+            tuple(members),
+            tuple(layer_shape(targets[member]) for member in members),
+            mask_of(members[0]),
+            isinstance(targets[members[0]], ExpertLinear),
+        )
+        for members in groups.values()
+    ]
+    reached = {member for site in sites for member in site.members}
+    for name, layer in targets.items():
+        if name not in reached and isinstance(layer, ExpertLinear):
+            skipped[layer.fused] = f"{type(layer.owner).__name__} does not compute one expert after the other"
+        elif name not in reached:
+            skipped.setdefault(name, "the forward pass does not call it")
+    return sites, skipped
+
+
+def layer_input(args: tuple, kwargs: dict) -> Tensor:
+    """The activation a linear layer was called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_all_experts(
+    calls: dict[str, list[tuple[Tensor, int]]], targets: dict[str, nn.Module]
+) -> list[tuple[str, list[tuple[Tensor, int]]]]:
+    """The calls, with every expert of a parameter where one of them was called: a short sequence is not routed to all.
+
+    Experts have no input to share: they are listed without one.
+    """
+    fused: dict[str, list[str]] = {}
+    for name, layer in targets.items():
+        if isinstance(layer, ExpertLinear):
+            fused.setdefault(layer.fused, []).append(name)
+    ordered: list[tuple[str, list[tuple[Tensor, int]]]] = []
+    for name, inputs in calls.items():
+        layer = targets[name]
+        if isinstance(layer, ExpertLinear):
+            ordered += [(expert, []) for expert in fused.pop(layer.fused, [])]
+        else:
+            ordered.append((name, inputs))
+    return ordered
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """True for one tensor, also after it was moved to another device, or there and back."""
+    return x is y or (x.shape == y.shape and torch.equal(x, y.to(x.device)))
+
+
+def _narrowed(names: set[str], exclude: Sequence[str], layers: str | None) -> set[str]:
+    """The names that no pattern of `exclude` is found in, of the blocks `layers`."""
+    for pattern in exclude:
+        names = {name for name in names if not _search(pattern, name, "--exclude")}
+    if layers is not None:
+        numbers = parse_layers(layers)
+        names = {name for name in names if block_index(name) in numbers}
+    return names
+
+
+def _search(pattern: str, name: str, option: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise PrepError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+
+
+def _examples(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"the linear layers {shown}" if names else "no linear layers"

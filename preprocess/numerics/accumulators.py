@@ -1,0 +1,162 @@
+"""Streaming moments: sums over tokens of x, x^2, x x^T and y y^T. Numerics only.
+
+A batch X (n, d) adds X^T X. C is symmetric, so only the blocks on and below the diagonal of p row ranges are formed and
+kept: (p + 1) / 2p of the memory. The product is float32, the running sum float64, so the error does not grow with the
+number of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import PrepError
+from ...store.format.schema import panels
+from ...store.moments import SiteData
+from .products import gram_blocks
+
+Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes
+
+
+def alone(x: Tensor) -> Iterable[Tensor]:
+    """The Collect of a single process."""
+    return (x,)
+
+
+class GramSum:
+    """Sum of X^T X over batches, in float64 panels on CPU: panel i is rows a:b, columns :b of the (d, d) sum.
+
+    collect: see Collect. kept: False where another process keeps the sum.
+    """
+
+    def __init__(self, d: int, collect: Collect = alone, kept: bool = True):
+        self.ranges, self.collect = panels(d), collect
+        self.panels = [torch.zeros(b - a, b, dtype=torch.float64) for a, b in self.ranges] if kept else []
+
+    def add(self, X: Tensor) -> None:
+        """Add X^T X of X (n, d), float32 or float64, on any device."""
+        for i, columns, product in gram_blocks(X, self.ranges):
+            for part in self.collect(product):
+                total = self.panels[i][:, columns].numpy()
+                np.add(total, part.cpu().numpy(), out=total)  # torch would wake its threads, which then wait busily
+
+    def mean(self, count: int) -> list[Tensor]:
+        """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
+        return [total.div_(count) for total in self.panels]
+
+
+class SiteMoments:
+    """Accumulates the moments of one site.
+
+    kind "full": C; "diagonal": E[x_i^2]; "output": E[y y^T] of each layer and E[x_i^2]. The mean always.
+    collect, kept: as in GramSum, where several processes share a pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        d_in: int,
+        outputs: dict[str, int],
+        collect: Collect = alone,
+        kept: bool = True,
+    ):
+        self.name, self.kind, self.kept, self._collect = name, kind, kept, collect
+        self.count = 0
+        self.sum_x = torch.zeros(d_in, dtype=torch.float64)
+        self.sum_x2 = torch.zeros(d_in, dtype=torch.float64) if kind != "full" else None
+        self.second = GramSum(d_in, collect, kept) if kind == "full" else None
+        wanted = outputs if kind == "output" else {}
+        self.outputs = {layer: GramSum(d_out, collect, kept) for layer, d_out in wanted.items()}
+
+    def add_input(self, X: Tensor, batch: int, count: int | None = None) -> None:
+        """Add the real tokens X (n, d_in) of one batch, counted as n or `count`. PrepError for NaN or infinite ones."""
+        X = X if X.dtype == torch.float64 else X.float()
+        total = X.sum(0).cpu()
+        if not torch.isfinite(total).all():
+            raise PrepError(
+                f"the input of {self.name} is NaN or infinite in batch {batch}: "
+                "try --dtype float32, or look at the data"
+            )
+        for tokens in self._collect(torch.tensor(X.shape[0] if count is None else count)):
+            self.count += int(tokens)
+        for part in self._collect(total):
+            self.sum_x.add_(part)
+        if self.second is not None:
+            self.second.add(X)
+        if self.sum_x2 is not None:
+            for part in self._collect(X.square().sum(0).cpu()):
+                self.sum_x2.add_(part)
+
+    def add_output(self, layer: str, Y: Tensor) -> None:
+        """Add the bias-free outputs Y (n, d_out) of one member for the same tokens."""
+        self.outputs[layer].add(Y if Y.dtype == torch.float64 else Y.float())
+
+    def add_nothing(self, dtype: torch.dtype) -> None:
+        """Take part in a batch that brought this process no tokens; dtype: of the activations elsewhere."""
+        self.add_input(torch.zeros(0, len(self.sum_x), dtype=dtype), 0)
+        for layer, total in self.outputs.items():
+            self.add_output(layer, torch.zeros(0, total.ranges[-1][1], dtype=dtype))
+
+    def sums(self) -> SiteData:
+        """The state of the sums, which `restore` takes back; it shares their memory."""
+        return SiteData(
+            kind=self.kind,
+            members={},
+            count=self.count,
+            mean=self.sum_x,
+            second_moment=self.second.panels if self.second else None,
+            diagonal=self.sum_x2,
+            outputs={layer: total.panels for layer, total in self.outputs.items()} or None,
+        )
+
+    def restore(self, sums: SiteData) -> None:
+        """Go on from the sums of an earlier run."""
+        self.count, self.sum_x, self.sum_x2 = sums.count, sums.mean, sums.diagonal
+        if self.second is not None and sums.second_moment is not None:
+            self.second.panels = sums.second_moment
+        for layer, panels_ in (sums.outputs or {}).items():
+            self.outputs[layer].panels = panels_
+
+    def need_tokens(self) -> None:
+        """PrepError where no token came."""
+        if not self.count:
+            raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
+
+    def finish(self, members: dict[str, dict]) -> SiteData:
+        """The sums divided by the token count, in place: the accumulator is used up.
+
+        PrepError where no token came or a product overflowed.
+        """
+        self.need_tokens()
+        data = SiteData(
+            kind=self.kind,
+            members=members,
+            count=self.count,
+            mean=self.sum_x.div_(self.count),
+            second_moment=self.second.mean(self.count) if self.second else None,
+            diagonal=self.sum_x2.div_(self.count) if self.sum_x2 is not None else None,
+            outputs={layer: total.mean(self.count) for layer, total in self.outputs.items()} or None,
+        )
+        blocks = [*(data.second_moment or []), *(p for panel in (data.outputs or {}).values() for p in panel)]
+        blocks += [data.diagonal] if data.diagonal is not None else []
+        if not all(torch.isfinite(block).all() for block in blocks):
+            raise PrepError(f"the second moment of {self.name} overflows float32: run the model with --dtype float64")
+        return data
+
+
+def moment_kind(asked: str, shapes: tuple[tuple[int, int], ...]) -> str:
+    """The kind for a site of layers (d_out, d_in): auto is output where every layer has d_in > 2 d_out, else full."""
+    if asked != "auto":
+        return asked
+    return "output" if all(d_in > 2 * d_out for d_out, d_in in shapes) else "full"
+
+
+def site_elements(kind: str, shapes: tuple[tuple[int, int], ...]) -> int:
+    """Numbers that a site's accumulator keeps."""
+    d_in = shapes[0][1]
+    triangles = [d_in] if kind == "full" else [d_out for d_out, _ in shapes] if kind == "output" else []
+    return d_in + (d_in if kind != "full" else 0) + sum((b - a) * b for d in triangles for a, b in panels(d))

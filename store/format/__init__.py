@@ -1,0 +1,1 @@
+"""How a store is laid out and kept in files: layouts, sealed metadata, chunks, bounded reads, atomic writes."""

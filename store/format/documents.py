@@ -1,0 +1,215 @@
+"""Metadata of a store that nobody need trust: bounded reads, names, sealed attributes, layouts of arrays.
+
+Whatever a store says is compared with what this package would have written, before memory is set aside for it: an
+array's document must be exactly that of its `Layout`, the attributes of a group those that its `attrs_hash` seals, a
+name a single path component. Nothing of a foreign document reaches zarr.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+import zarr
+from zarr.abc.store import Store as ZarrStore
+
+from ...errors import StoreError
+from .files import fetch
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BF16_NAN = 0x7FC0
+MAX_DOCUMENT = 40_000_000  # bytes of a zarr.json: the records of 50,000 layers
+MAX_CHUNK = 2**31
+MAX_ARRAY = 2**40
+PROBED = 2**28  # bytes above which an array must show its first chunk before memory is set aside for it
+MAX_NAME = 512
+_GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an array must look like: shape, chunk shape, the dtypes it may have; lower: no chunk above the diagonal."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    lower: bool = False
+
+    def chunk_keys(self) -> Iterator[str]:
+        """The keys below the array of all chunks that must exist."""
+        counts = (range(-(-size // edge)) for size, edge in zip(self.shape, self.chunks, strict=True))
+        for index in itertools.product(*counts):
+            if not self.lower or index[1] <= index[0]:
+                yield "/".join(("c", *map(str, index)))
+
+    def bounds(self, region: Sequence[slice]) -> list[tuple[int, int]]:
+        """Begin and end of a region on every axis; axes that it does not name are whole."""
+        whole = [slice(None)] * (len(self.shape) - len(region))
+        return [part.indices(size)[:2] for part, size in zip([*region, *whole], self.shape, strict=True)]
+
+    def cover(self, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[str, tuple[slice, ...], tuple[slice, ...]]]:
+        """The chunks that a region needs: key below the array, where in the region, where in the chunk."""
+        axes = [_pieces(a, b, edge) for (a, b), edge in zip(bounds, self.chunks, strict=True)]
+        for pieces in itertools.product(*axes):
+            index, outside, inside = zip(*pieces, strict=True)
+            yield "/".join(("c", *index)), outside, inside
+
+    def chunk_bytes(self, dtype: str) -> int:
+        """Size of a chunk's file: the values and the checksum."""
+        return math.prod(self.chunks) * storage_dtype(dtype).itemsize + 4
+
+
+def _pieces(a: int, b: int, edge: int) -> list[tuple[str, slice, slice]]:
+    """The chunks of one axis that a range needs: index, where in the range, where in the chunk."""
+    return [
+        (
+            str(i),
+            slice(max(a, i * edge) - a, min(b, (i + 1) * edge) - a),
+            slice(max(a - i * edge, 0), min(b - i * edge, edge)),
+        )
+        for i in range(a // edge, -(-b // edge))
+    ]
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """NumPy's dtype of the bytes in the store; zarr has no bfloat16."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
+
+
+def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
+    """The zarr.json of a "group" or "array". FileNotFoundError where there is none, ValueError where it is no such."""
+    raw = fetch(store, f"{path}/zarr.json".lstrip("/"), MAX_DOCUMENT + 1)
+    if raw is None:
+        raise FileNotFoundError(f"{store}/{path}")
+    return parsed(raw, node)
+
+
+def parsed(raw: bytes, node: str) -> dict[str, Any]:
+    """The content of a zarr.json, `raw` its first `MAX_DOCUMENT + 1` bytes. ValueError where it is none of a `node`."""
+    if len(raw) > MAX_DOCUMENT:
+        raise ValueError(f"zarr.json is larger than {MAX_DOCUMENT / 1e6:.0f} MB")
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"zarr.json is not valid JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("zarr_format") != 3 or found.get("node_type") != node:
+        raise ValueError(f"zarr.json does not describe a zarr v3 {node}")
+    if not isinstance(found.get("attributes", {}), dict) or (node == "group" and not found.keys() <= _GROUP_FIELDS):
+        raise ValueError("zarr.json has no valid attributes")
+    return found
+
+
+def array_document(layout: Layout, dtype: str) -> dict[str, Any]:
+    """The zarr.json of an array of that layout and dtype."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(layout.shape),
+        "data_type": storage_dtype(dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.chunks)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": BF16_NAN if dtype == "bfloat16" else "NaN",
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "attributes": {"dtype": dtype},
+        "storage_transformers": [],
+    }
+
+
+def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None) -> str:
+    """The dtype of an array whose zarr.json, `raw`, is what `layout` says and which is small enough to be read.
+
+    StoreError otherwise.
+    """
+    where = f"{store}/{path}"
+    try:
+        found = parsed(raw or b"", "array")
+    except ValueError as error:
+        raise StoreError(f"{where} is missing or its metadata is damaged: restore the store from a copy") from error
+    if found.get("shape") != list(layout.shape):
+        raise StoreError(f"{where} is not an array of shape {layout.shape}: the store is damaged")
+    dtype = found.get("attributes", {}).get("dtype")
+    if dtype not in layout.dtypes:
+        raise StoreError(f"{where} has the dtype {dtype!r}, not {' or '.join(layout.dtypes)}: the store is damaged")
+    wanted = array_document(layout, dtype)
+    extra = {name for name in found if name not in wanted and found[name] is not None}
+    wrong = sorted(extra | {name for name in wanted if _plain(found.get(name)) != _plain(wanted[name])})
+    if wrong:
+        shown = ", ".join(name if name in wanted else repr(name)[:40] for name in wrong)
+        raise StoreError(f"{where} has an unexpected {shown}: it is damaged, or not written by prep")
+    size, chunk = math.prod(layout.shape) * storage_dtype(dtype).itemsize, layout.chunk_bytes(dtype)
+    if size > MAX_ARRAY or chunk > MAX_CHUNK:
+        raise StoreError(
+            f"{where} claims {size / 1e9:,.0f} GB in chunks of {chunk / 1e9:,.1f} GB: too large to be true"
+        )
+    if size > PROBED:
+        first = next(layout.chunk_keys())
+        if len(fetch(store, f"{path}/{first}", 2, chunk - 1) or b"") != 1:
+            raise StoreError(f"{where}: chunk {first} is missing or of another size: restore the store from a copy")
+    return dtype
+
+
+def _plain(value: Any) -> Any:
+    """Extension points in one spelling: an absent list is an empty one, no configuration an empty one."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value] or None
+    if isinstance(value, dict) and "name" in value and not value.get("configuration"):
+        return value["name"]
+    return value
+
+
+def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes with `attrs_hash`, by which readers notice that one has changed.
+
+    `run` is left out: it tells of the machine and not of the result, and two equal runs differ in it alone.
+    """
+    kept = {name: value for name, value in attrs.items() if name != "attrs_hash"}
+    return {**kept, "attrs_hash": _attrs_hash(kept)}
+
+
+def _attrs_hash(attrs: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in attrs.items() if name != "run"}
+    return xxhash.xxh3_128(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def put_attributes(group: zarr.Group, attrs: Mapping[str, Any]) -> None:
+    """Replace a group's attributes, in one step."""
+    group.attrs.put(sealed(attrs))
+
+
+def attributes(group: zarr.Group, required: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A group's attributes with the required ones present and of the right type; StoreError otherwise."""
+    attrs = dict(group.attrs)
+    seal = attrs.pop("attrs_hash", None)
+    for name, kind in required.items():
+        if not isinstance(attrs.get(name), kind) or isinstance(attrs[name], bool):
+            raise StoreError(f"{group.store_path} lacks a valid attribute {name!r}: the store is damaged")
+    if seal != _attrs_hash(attrs):
+        raise StoreError(f"{group.store_path} has attributes that do not match their hash: restore it from a copy")
+    return attrs
+
+
+def check_name(name: Any, what: str) -> str:
+    """A name that a store gives to a layer, site or basis: one path component. StoreError for any other."""
+    good = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() and not set(name) & {"/", "\\"}
+    if not good or name in (".", "..", "zarr.json"):
+        raise StoreError(f"{str(name)[:80]!r} cannot name a {what}: the store is damaged, or not written by prep")
+    return name
+
+
+def check_shape(shape: Any, where: str) -> tuple[int, int]:
+    """(d_out, d_in) of a layer as a store gives it. StoreError where that is no shape of a matrix."""
+    if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(is_count(d, 1) for d in shape):
+        raise StoreError(f"{where} has the shape {str(shape)[:80]}: the store is damaged")
+    return shape[0], shape[1]
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """True for a whole number from `least` to 2^48 (no bool)."""
+    return type(value) is int and least <= value <= 2**48

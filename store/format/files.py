@@ -1,0 +1,113 @@
+"""The files of a store by name: bounded reads and atomic writes; nothing is listed.
+
+Local files are read and written as such. At URLs `AT_ONCE` files are under way, on the event loop of zarr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TypeVar
+
+from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import Store as ZarrStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from ...errors import StoreError
+
+AT_ONCE = 16
+
+Item = TypeVar("Item")
+
+
+def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | None:
+    """Bytes start to start + limit of a file, fewer where it ends before, None where there is none."""
+    if not isinstance(store, LocalStore):
+        return sync(fetch_async(store, key, limit, start))
+    try:
+        with open(f"{store.root}/{key}", "rb") as file:
+            file.seek(start)
+            return file.read(limit)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(store, key, error) from error
+
+
+async def fetch_async(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | None:
+    """`fetch` for use inside an event loop."""
+    try:
+        found = await store.get(key, default_buffer_prototype(), RangeByteRequest(start, start + limit))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # each file system has its own kinds
+        raise _unreadable(store, key, error) from error
+    return None if found is None else found.to_bytes()
+
+
+def fetch_each(store: ZarrStore, limits: Mapping[str, int], use: Callable[[str, bytes | None], None]) -> None:
+    """Call `use(key, bytes)` for the file of every key, as `fetch` gives it with the key's limit."""
+    if isinstance(store, LocalStore):
+        for key, limit in limits.items():
+            use(key, fetch(store, key, limit))
+        return
+
+    async def one(key: str) -> None:
+        use(key, await fetch_async(store, key, limits[key]))
+
+    at_once(one, limits)
+
+
+def put_each(store: ZarrStore, contents: Mapping[str, Item], encode: Callable[[Item], bytes]) -> None:
+    """Write the encoded contents to files by key; each is there whole or not at all."""
+    if isinstance(store, LocalStore):
+        for key, content in contents.items():
+            _put_local(f"{store.root}/{key}", encode(content))
+        return
+
+    async def one(key: str) -> None:
+        await store.set(key, default_buffer_prototype().buffer.from_bytes(encode(contents[key])))
+
+    at_once(one, contents)
+
+
+def at_once(work: Callable[[Item], Awaitable[None]], items: Iterable[Item]) -> None:
+    """Do `work` for every item, `AT_ONCE` at a time; the first failure ends the others."""
+
+    async def everything() -> None:
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def one(item: Item) -> None:
+            async with turn:
+                await work(item)
+
+        tasks = [asyncio.create_task(one(item)) for item in items]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    sync(everything())
+
+
+def _put_local(path: str, content: bytes) -> None:
+    partial = f"{path}.partial"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def _unreadable(store: ZarrStore, key: str, error: Exception) -> StoreError:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return StoreError(f"{store}/{key} cannot be read ({said}): check path, permission and connection")

@@ -1,0 +1,243 @@
+"""`prep verify`: everything a store says of itself, checked against its bytes, its mathematics and the model's weights.
+
+moments     C - E[x] E[x]^T is positive semi-definite up to the rounding of float32 products, E[x_i^2] >= E[x_i]^2
+bases       U^T U = I, S and the spectrum positive and in order; with weights, U^T W = diag(S) P
+everywhere  the files that must exist do, checksums, shapes, dtypes, content hashes, attributes; nothing is left over
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from zarr.storage import LocalStore
+
+from ..errors import StoreError
+from ..linear import weight_hash
+from .artifact import Store
+from .bases import Bases
+from .basis import BasisSet, LayerRecord, group_key
+from .format import schema
+from .format.documents import Layout, document
+from .manifest import basis_entries, files, site_entries
+from .moments import LayerMoment
+
+MOMENT_ROUNDING = 1e-6  # of the trace: moments are sums of float32 products
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: `where` is the path of an array or group, or a layer's name."""
+
+    where: str
+    problem: str
+
+
+@dataclass
+class Report:
+    """What was looked at, and what was found to be wrong; the store is whole if `findings` is empty."""
+
+    store: str
+    sites: int = 0
+    bases: int = 0
+    arrays: int = 0
+    bytes: int = 0
+    weights: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    entries: dict[str, Layout | None] = field(default_factory=dict, repr=False)
+
+    def add(self, where: str, problem: str) -> None:
+        """Note a finding."""
+        self.findings.append(Finding(where, problem))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        counts = {name: getattr(self, name) for name in ("store", "sites", "bases", "arrays", "bytes", "weights")}
+        return {**counts, "whole": not self.findings, "findings": [vars(finding) for finding in self.findings]}
+
+
+def verify_store(store: Store, weights: Mapping[str, Tensor] | None = None, numerics: bool = True) -> Report:
+    """Check all of a store, going on after a finding. weights: layer name -> W (d_out, d_in) of the model, if given.
+
+    numerics: False leaves out what only a writer can have got wrong: definiteness, orthonormality, order.
+    """
+    report = Report(store.location, entries={"": None})
+    with _noted(report, "moments"):
+        if store.corpus is not None:
+            _moments(store, report, weights or {}, numerics)
+    with _noted(report, "bases"):
+        _bases(store, report, weights or {}, numerics)
+    for path in [path for path, layout in report.entries.items() if layout is None]:
+        _group(store, path, report)
+    _strays(store, report)
+    return report
+
+
+@contextlib.contextmanager
+def _noted(report: Report, where: str) -> Iterator[None]:
+    """Inside, a StoreError becomes a finding."""
+    try:
+        yield
+    except StoreError as error:
+        report.findings.append(Finding(where, str(error)))
+
+
+def _moments(store: Store, report: Report, weights: Mapping[str, Tensor], numerics: bool) -> None:
+    moments = store.moments
+    report.entries["moments"] = None
+    for site, layers in moments.sites.items():
+        with _noted(report, f"moments/{site}"):
+            moment = moments[layers[0]]
+            report.sites += 1
+            report.entries |= site_entries(moment)
+            _site(moment, report, numerics)
+            if set(moment.members) != set(layers):
+                report.add(f"moments/{site}", "lists other members than /moments")
+            for layer, member in moment.members.items():
+                _weight(layer, member, weights, report)
+
+
+def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
+    """Hash, definiteness and consistency of one site's arrays."""
+    top = f"moments/{moment.site}"
+    attrs = schema.attributes(moment._group, {"arrays": dict})
+    hashes: dict[str, str] = attrs["arrays"]
+    if set(hashes) != set(moment.arrays):
+        report.add(
+            top, f"`arrays` lists {', '.join(sorted(hashes))}, the kind needs {', '.join(sorted(moment.arrays))}"
+        )
+    if moment.hash != schema.content_hash(f"{name} {hashes[name]}" for name in sorted(hashes)):
+        report.add(top, "the content hash is not that of its arrays' hashes")
+    values: dict[str, list[Tensor]] = {}
+    for name, layout in moment.arrays.items():
+        with _noted(report, f"{top}/{name}"):
+            array = schema.open_array(moment._group, name, layout)
+            regions = [(slice(a, b), slice(0, b)) for a, b in schema.panels(layout.shape[0])] if layout.lower else [()]
+            parts = [schema.read(array, region) for region in regions]
+            _count(report, parts)
+            if hashes.get(name) != schema.content_hash(schema.as_stored(part, array.dtype) for part in parts):
+                report.add(f"{top}/{name}", "the values do not match their hash: restore the store from a copy")
+            values[name] = parts
+    if not numerics or "mean" not in values:
+        return
+    mean = values["mean"][0].double()
+    if "diagonal" in values:
+        diagonal = values["diagonal"][0].double()
+        if bool((diagonal - mean**2 < -MOMENT_ROUNDING * diagonal.abs()).any()):
+            report.add(f"{top}/diagonal", "E[x_i^2] is below E[x_i]^2: these are no moments of one sample")
+    for name, parts in values.items():
+        if moment.arrays[name].lower and not _definite(parts, mean if name == "second_moment" else None):
+            what = "C - E[x] E[x]^T" if name == "second_moment" else "the moment"
+            report.add(f"{top}/{name}", f"{what} is not positive semi-definite: these are no moments of a sample")
+
+
+def _definite(panels: list[Tensor], mean: Tensor | None) -> bool:
+    """Whether C, less mean mean^T, plus `MOMENT_ROUNDING` of its trace has a Cholesky factor."""
+    d = panels[-1].shape[1]
+    C = torch.zeros(d, d, dtype=torch.float64)
+    for (a, b), panel in zip(schema.panels(d), panels, strict=True):
+        C[a:b, :b] = panel
+    trace = float(C.diagonal().sum())
+    if mean is not None:
+        C -= torch.outer(mean, mean)  # the factorisation looks at the lower triangle only
+    C.diagonal().add_(MOMENT_ROUNDING * trace + torch.finfo(torch.float64).tiny)
+    return int(torch.linalg.cholesky_ex(C).info) == 0
+
+
+def _bases(store: Store, report: Report, weights: Mapping[str, Tensor], numerics: bool) -> None:
+    bases = Bases(store.root)
+    if bases.names:
+        report.entries["bases"] = None
+    for name in bases:
+        with _noted(report, f"bases/{name}"):
+            basis = bases.open(name)
+            report.bases += 1
+            report.entries |= basis_entries(basis)
+            if basis.status != "complete":
+                _ = bases[name]
+            if sorted(basis.layers) != sorted(basis.expected):
+                report.add(f"bases/{name}", "its records are not those of its groups' layers")
+            if basis.hash != schema.content_hash(f"{n} {basis.layers[n].hash}" for n in sorted(basis.layers)):
+                report.add(f"bases/{name}", "the content hash is not that of its layers' hashes")
+            for layer, record in basis.layers.items():
+                with _noted(report, f"bases/{name}: {layer}"):
+                    _layer(basis, layer, record, report, weights, numerics)
+
+
+def _layer(
+    basis: BasisSet, layer: str, record: LayerRecord, report: Report, weights: Mapping[str, Tensor], numerics: bool
+) -> None:
+    """Hash, orthonormality, order and, with its weight, the identity of one layer's basis."""
+    where, found = f"bases/{basis.name}: {layer}", basis[layer]
+    parts = {"U": found.U[:, : record.rank], "S": found.S[: record.rank], "P": found.P[: record.rank]}
+    _count(report, [*parts.values(), found.spectrum])
+    stored = [(parts["U"].T, basis.dtype), (parts["P"], basis.dtype)]
+    stored += [(parts["S"], "float64"), (found.spectrum, "float64")]
+    if record.hash != schema.content_hash(schema.as_stored(value, dtype) for value, dtype in stored):
+        arrays = f"bases/{basis.name}/{group_key(record.shape)}/{{U,P,S,spectrum}}"
+        report.add(where, f"row {record.index} of {arrays} does not match its hash: restore the store from a copy")
+    known = _weight(layer, vars(record), weights, report)
+    if not numerics:
+        return
+    eps = torch.finfo(schema.DTYPES[basis.dtype]).eps
+    U, S, P = (parts[role].double() for role in "USP")
+    off = float((U.T @ U - torch.eye(U.shape[1], dtype=torch.float64)).abs().max())
+    if off > 8 * eps:
+        report.add(where, f"U is not orthonormal: U^T U is off by {off:.1e}")
+    if not (S > 0).all() or (found.spectrum < 0).any() or (found.spectrum.diff() > 0).any():
+        report.add(where, "S is not positive or the spectrum not in descending order")
+    if known and basis.method.get("metric") != "components":
+        left = U.T @ weights[layer].double()
+        drift = float((left - S[:, None] * P).norm() / weights[layer].double().norm().clamp_min(1e-300))
+        if drift > (2 + record.rank**0.5) * eps:
+            report.add(where, f"U^T W = diag(S) P does not hold for the model's weight: off by {drift:.1e}")
+
+
+def _weight(layer: str, record: Mapping[str, Any], weights: Mapping[str, Tensor], report: Report) -> bool:
+    """Whether the model's weight is given and is the one that the record names."""
+    if not weights:
+        return False
+    if layer not in weights or tuple(weights[layer].shape) != tuple(record["shape"]):
+        report.add(layer, "the model has no such layer of that shape")
+        return False
+    report.weights += 1
+    if weight_hash(weights[layer]) != record.get("weight_hash"):
+        report.add(layer, "the model's weight is not the one that the store was made from")
+        return False
+    return True
+
+
+def _count(report: Report, tensors: list[Tensor]) -> None:
+    report.arrays += 1
+    report.bytes += sum(tensor.nbytes for tensor in tensors)
+
+
+def _group(store: Store, path: str, report: Report) -> None:
+    """A group's own zarr.json; those without attributes are read by nothing else."""
+    try:
+        document(store.root.store, path, "group")
+    except (FileNotFoundError, ValueError) as error:
+        report.add(path or "/", f"its zarr.json is missing or damaged ({error}): restore the store from a copy")
+    except StoreError as error:
+        report.add(path or "/", str(error))
+
+
+def _strays(store: Store, report: Report) -> None:
+    """Files that a store of these attributes does not have; only a local directory can be listed at no cost."""
+    if not isinstance(store.root.store, LocalStore):
+        return
+    root = store.root.store.root
+    expected = set(files(report.entries))
+    # where a group could not be read, what belongs below it is not known
+    unknown = tuple(f"{finding.where.split(':')[0]}/" for finding in report.findings)
+    for file in sorted(root.rglob("*")):
+        if (
+            file.is_file()
+            and (name := file.relative_to(root).as_posix()) not in expected
+            and not name.startswith(unknown)
+        ):
+            report.add(name, "does not belong to the store: an interrupted or foreign writer left it; remove it")

@@ -1,0 +1,115 @@
+"""Passes under a memory budget, the dry run, and the sizes and times that options take."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+import prep
+from prep import PrepError
+from prep.cli import main
+from prep.preprocess.calibration.plan import make_plan, parse_seconds, parse_size
+from prep.preprocess.model.sites import Site
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A tiny Llama whose down_proj has three panels, its text, and the store of a single pass."""
+    home = tmp_path_factory.mktemp("plan")
+    model = tiny.save(tiny.llama(770), home / "model")
+    options = {"model": model, "data": tiny.write_data(home / "t.jsonl", tiny.texts(120)), "quiet": True}
+    options |= {"num_sequences": 24, "seq_len": 16, "batch_size": 4}
+    prep.covariance(store=home / "whole.zarr", **options)
+    return home, options
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def test_passes_give_the_single_pass_bitwise(job, tmp_path, monkeypatch):
+    home, options = job
+    from prep.preprocess import covariance as stage
+
+    deepest = []
+    run = stage.run_pass
+
+    def counted(layers, sites, *rest, **kwargs):
+        deepest.append([site.name for site in sites])
+        return run(layers, sites, *rest, **kwargs)
+
+    monkeypatch.setattr(stage, "run_pass", counted)
+    prep.covariance(store=tmp_path / "cut.zarr", memory_budget=3_500_000, **options)
+    assert len(deepest) > 1
+    assert sorted(name for part in deepest for name in part) == sorted(
+        prep.open_store(home / "whole.zarr").moments.sites
+    )
+    cut, whole = tiny.contents(tmp_path / "cut.zarr"), tiny.contents(home / "whole.zarr")
+    assert {name for name in whole if cut.get(name) != whole[name]} <= {"zarr.json"}  # the attribute `run`
+    assert cut.keys() == whole.keys()
+
+
+def test_every_pass_is_within_the_budget():
+    sites = [Site(f"l{i}", (f"l{i}",), ((64, d),)) for i, d in enumerate((64, 128, 300, 64, 512, 200))]
+    kinds = {site.name: "full" for site in sites}
+    one = make_plan(sites, kinds, 10**9, "float64")
+    assert len(one.passes) == 1
+    largest = max(make_plan([site], kinds, 10**9, "float64").memory for site in sites)
+    for budget in (largest, 2 * largest, one.memory):
+        plan = make_plan(sites, kinds, budget, "float64")
+        assert plan.memory <= budget
+        assert [site for part in plan.passes for site in part] == sites
+        assert plan.disk == one.disk == 2 * make_plan(sites, kinds, budget, "float32").disk
+    with pytest.raises(PrepError, match=r"l4 needs .* raise it, or take --moment auto"):
+        make_plan(sites, kinds, largest - 1, "float64")
+
+
+def test_a_dry_run_predicts_and_stores_nothing(job, tmp_path):
+    home, options = job
+    found = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    assert list(tmp_path.iterdir()) == []
+    moments = prep.open_store(home / "whole.zarr").moments
+    assert (found.layers, found.sites, found.tokens, found.passes) == (len(moments), len(moments.sites), 24 * 16, 1)
+    chunks = sum(file.stat().st_size for file in (home / "whole.zarr").rglob("*") if file.name != "zarr.json")
+    assert found.disk == pytest.approx(chunks, rel=0.1)
+    assert found.accumulators == found.disk
+    assert found.seconds > 0
+
+
+def test_the_command_prints_the_estimate(job, tmp_path):
+    _, options = job
+    command = ["covariance", "--dry-run", "--model", options["model"], "--data", options["data"]]
+    command += [
+        "--num-sequences",
+        "24",
+        "--seq-len",
+        "16",
+        "--store",
+        str(tmp_path / "s.zarr"),
+        "--memory-budget",
+        "3.5MB",
+    ]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "passes" in done.stdout
+    assert "over 384 tokens" in done.stdout
+    assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1e9", 10**9), ("2k", 2000), ("1.5GiB", 15 * 10**8)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("1h", 3600), ("2.5", 2.5)])
+def test_times(text, seconds):
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(("parse", "text"), [(parse_size, "much"), (parse_size, "0"), (parse_seconds, "soon")])
+def test_what_is_no_size_or_time(parse, text):
+    with pytest.raises(PrepError, match=repr(text)):
+        parse(text)

@@ -1,0 +1,59 @@
+"""X^T X by blocks: every route and thread number against float64, and which blocks there are."""
+
+import numpy as np
+import pytest
+import torch
+
+from prep.preprocess.numerics.products import gram_blocks
+from prep.store.format.schema import panels
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def lower(X, ranges):
+    """The blocks put together, NaN where there is none; and how many there were."""
+    C, count = torch.full((X.shape[1], X.shape[1]), torch.nan, dtype=X.dtype), 0
+    for i, columns, product in gram_blocks(X, ranges):
+        assert product.dtype == X.dtype
+        a, b = ranges[i]
+        C[a:b, columns] = product
+        count += 1
+    return C, count
+
+
+@pytest.mark.parametrize("d", [7, 192, 600, 1031])
+@pytest.mark.parametrize("number", [1, 2, 3, 16])
+def test_blocks_are_the_lower_triangle(threads, d, number):
+    threads(number)
+    X = torch.randn(301, d, generator=torch.Generator().manual_seed(d))
+    ranges = panels(d)
+    C, count = lower(X, ranges)
+    wanted = X.double().T @ X.double()
+    for a, b in ranges:
+        assert float((C[a:b, :b] - wanted[a:b, :b]).norm() / wanted[a:b, :b].norm()) < 1e-6
+        assert torch.isnan(C[a:b, b:]).all()
+    blocks = len(ranges) * (len(ranges) + 1) // 2
+    assert count == (blocks if number == 1 or blocks >= 1.5 * number else len(ranges))
+
+
+def test_the_number_of_threads_changes_nothing(threads):
+    X = torch.randn(100, 1024, generator=torch.Generator().manual_seed(0))
+    found = []
+    for number in (1, 2, 5):
+        threads(number)
+        found.append(lower(X, panels(1024))[0].nan_to_num(0))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_views_doubles_and_no_tokens():
+    wide = torch.randn(50, 600, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    X = wide[::2, 1::2]  # of two strides
+    C, _ = lower(X, panels(300))
+    np.testing.assert_allclose(np.tril(C.nan_to_num(0)), np.tril(X.T @ X), rtol=1e-12, atol=1e-12)
+    C, _ = lower(X[:0], panels(300))
+    assert not np.tril(C.nan_to_num(1)).any()

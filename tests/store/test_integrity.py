@@ -1,0 +1,353 @@
+"""Damage: whatever happens to one file of a store, nothing else is read from it in silence; `verify` names it."""
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import zarr
+from safetensors.torch import load_file, save_file
+from stores import RUN, everything, files, flip
+
+import prep
+from prep import StoreError
+from prep.preprocess.verify import verify
+from prep.store import BasisWriter, LayerRecord, create_store, open_store
+from prep.store.format import schema
+from prep.store.format.schema import content_hash, put_attributes, sealed
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model and two stores of it: full moments with two bases, and output moments."""
+    path = tmp_path_factory.mktemp("made")
+    model = tiny.save(tiny.llama(), path / "model")
+    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
+    prep.covariance(model, data, store=path / "full", **RUN)
+    prep.decompose(path / "full", rank=4, quiet=True)
+    prep.decompose(path / "full", for_="antipasto", rank=4, dtype="bfloat16", quiet=True)
+    prep.covariance(model, data, store=path / "output", moment="output", moment_dtype="float32", **RUN)
+    return SimpleNamespace(path=path, model=model, data=data)
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    return shutil.copytree(made.path / "full", tmp_path / "s.zarr")
+
+
+def owner(path, file):
+    """The array or group that a file belongs to, by name."""
+    return file.relative_to(path).as_posix().split("/c/")[0].removesuffix("zarr.json").rstrip("/")
+
+
+def meaning(raw):
+    """A zarr.json as a reader takes it, or None; `run` tells of the machine and is not sealed."""
+    try:
+        found = json.loads(raw)
+        found["attributes"].pop("run", None)
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+DAMAGE = {
+    "flipped": lambda raw, draw: flip(raw, draw.randrange(len(raw)), 1 << draw.randrange(8)),
+    "deleted": lambda raw, draw: None,
+    "truncated": lambda raw, draw: raw[: draw.randrange(len(raw))],
+}
+
+
+def injure(path, whole, kind, seed):
+    """Damage one file of `path`, look at the store by reading and by verifying, and restore the file."""
+    draw = random.Random(seed)
+    file = draw.choice(files(path))
+    raw = file.read_bytes()
+    bad = DAMAGE[kind](raw, draw)
+    file.unlink() if bad is None else file.write_bytes(bad)
+    harmless = bad is not None and file.name == "zarr.json" and meaning(bad) == meaning(raw) is not None
+    what = f"{kind}, seed {seed}: {file.relative_to(path)}"
+    try:
+        assert everything(path) == whole, what
+        said = None
+    except StoreError as error:
+        said = str(error)
+    assert said is None or len(said.splitlines()) == 1, what
+    try:
+        findings = [f"{finding.where} {finding.problem}" for finding in verify(path).findings]
+    except StoreError as error:  # the root itself
+        findings = [str(error)]
+        assert not owner(path, file), what
+    assert harmless or any(name_of(owner(path, file)) in finding for finding in findings), f"{what}: {findings}"
+    assert not harmless or (said is None and not findings), f"{what}: {findings}"
+    if file.name != "zarr.json":
+        assert said is not None, what
+    file.write_bytes(raw)
+
+
+def name_of(path):
+    """How messages name a group or array."""
+    head = path.split("/")
+    if len(head) == 2:  # a site or a basis
+        return head[1]
+    return path if path in ("", "moments", "bases") or head[0] == "moments" else "/".join(head[2:])
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_never_silent(store, kind):
+    whole = everything(store)
+    for seed in range(12):
+        injure(store, whole, kind, seed)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("source", ["full", "output"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_at_500_places_is_never_silent(made, tmp_path, kind, source):
+    path = shutil.copytree(made.path / source, tmp_path / "s")
+    whole = everything(path)
+    for seed in range(500):
+        injure(path, whole, kind, seed)
+
+
+def test_a_whole_store_verifies(made):
+    for name, bases in (("full", 2), ("output", 0)):
+        report = verify(made.path / name, model=made.model)
+        assert report.findings == []
+        assert (report.sites, report.bases) == (8, bases)
+        assert report.weights == 14 * (1 + bases)
+        found = report.to_dict()
+        assert found["whole"] is True
+        assert json.loads(json.dumps(found)) == found
+    held = sum(file.stat().st_size for file in files(made.path / "output") if "/c/" in file.as_posix())
+    chunks = sum("/c/" in file.as_posix() for file in files(made.path / "output"))
+    assert report.bytes == held - 4 * chunks
+
+
+def test_verify_goes_on_after_a_finding(store):
+    site = _site(store, UP)
+    for array in (f"moments/{site}/mean", "bases/full/32x48/S"):
+        chunk = next(file for file in files(store / array) if file.name != "zarr.json")
+        chunk.write_bytes(flip(chunk.read_bytes(), 5, 1))
+    where = [finding.where for finding in verify(store).findings]
+    # the layers of one shape have their S in one chunk
+    layers = [f"bases/full: model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert where == [f"moments/{site}/mean", *layers]
+
+
+def _site(store, layer):
+    return open_store(store).moments[layer].site
+
+
+def test_what_does_not_belong_is_found(store):
+    zarr.open_group(str(store), mode="r+", zarr_format=3).create_array("moments/extra", shape=(3,), dtype="float32")
+    (store / "bases" / "full" / "notes.txt").write_text("x")
+    found = {finding.where for finding in verify(store).findings}
+    assert found == {"moments/extra/zarr.json", "bases/full/notes.txt"}
+
+
+def test_other_weights_are_found(made, store, tmp_path):
+    other = shutil.copytree(made.model, tmp_path / "model")
+    weights = load_file(other / "model.safetensors")
+    weights[f"{DOWN}.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    findings = verify(store, model=str(other)).findings
+    assert {finding.where for finding in findings} == {DOWN}
+    assert all("not the one that the store was made from" in finding.problem for finding in findings)
+
+
+# A writer that was wrong: checksums and hashes fit, mathematics does not
+
+
+def rewritten(store, path, name, change):
+    """Replace an array's values and make all hashes fit again."""
+    root = open_store(store, "r+").root
+    array = root[f"{path}/{name}"]
+    values = change(np.asarray(array[...]))
+    array[...] = values
+    group = root[path]
+    attrs = dict(group.attrs)
+    parts = {name: content_hash([values])}
+    attrs["arrays"] = attrs["arrays"] | parts
+    attrs["hash"] = content_hash(f"{key} {attrs['arrays'][key]}" for key in sorted(attrs["arrays"]))
+    put_attributes(group, attrs)
+
+
+def test_an_indefinite_moment_is_found(store):
+    site = _site(store, DOWN)
+    rewritten(store, f"moments/{site}", "second_moment", lambda C: C - 2 * np.linalg.eigvalsh(C)[-1] * np.eye(len(C)))
+    [finding] = verify(store).findings
+    assert finding.where == f"moments/{site}/second_moment"
+    assert "not positive semi-definite" in finding.problem
+
+
+def test_a_mean_of_another_sample_is_found(store):
+    site = _site(store, DOWN)
+    rewritten(store, f"moments/{site}", "mean", lambda mean: 100 * mean + 1)
+    [finding] = verify(store).findings
+    assert "C - E[x] E[x]^T is not positive semi-definite" in finding.problem
+
+
+@pytest.mark.parametrize("wrong", ["U", "P"])
+def test_a_basis_that_is_none_is_found(made, store, wrong):
+    layer = "model.layers.0.mlp.down_proj"
+    basis = open_store(store).bases["full"]
+    one = basis[layer]
+    root = open_store(store, "r+").root
+    writer = BasisWriter.resume(root, "full")
+    U = one.U * 1.01 if wrong == "U" else one.U
+    P = one.P * 1.01 if wrong == "P" else one.P
+    writer.write(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""}))
+    writer.finish()
+    [finding] = verify(store, model=made.model).findings[:1]
+    assert finding.where == f"bases/full: {layer}"
+    assert ("U is not orthonormal" if wrong == "U" else "U^T W = diag(S) P does not hold") in finding.problem
+
+
+# A writer that was interrupted: a layer counts as done when all that its record speaks of is there
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A writer of five layers of one shape in chunks of two, their bases, and how to write one of them."""
+    monkeypatch.setattr(schema, "ROWS", 2)
+    monkeypatch.setattr(schema, "SLAB", 2)
+    attrs = {"id": "0" * 32, "model": {"id": "m"}, "corpus": None, "options": None, "status": "complete"}
+    path, draw = tmp_path / "begun.zarr", np.random.default_rng(0)
+    layers = [f"layer{i}" for i in range(5)]
+    parts = {layer: np.linalg.svd(draw.standard_normal((7, 6)), full_matrices=False) for layer in layers}
+
+    def write(writer, layer):
+        U, S, Vt = (torch.from_numpy(part) for part in parts[layer])
+        record = LayerRecord((7, 6), layers.index(layer), 5, 1.0, 0.0, 6, "svd", 1.0, "", "float64")
+        writer.write(layer, U[:, :5], S[:5], Vt[:5], S, record)
+
+    writer = BasisWriter.create(
+        create_store(path, attrs).root,
+        "b",
+        method={"metric": "identity", "rank": 5},
+        dtype="float64",
+        model={},
+        groups={(7, 6): {"layers": layers, "rank": 5, "spectrum": 6}},
+    )
+    return SimpleNamespace(path=path, layers=layers, parts=parts, write=write, writer=writer)
+
+
+def assert_holds(begun, layers):
+    """Exactly `layers` count as done, and can be read although others of their chunks are missing."""
+    basis = open_store(begun.path).bases.open("b")
+    assert sorted(basis.layers) == sorted(layers)
+    for layer, found in basis.read().items():
+        U, S, Vt = begun.parts[layer]
+        for got, wanted in ((found.U, U[:, :5]), (found.S, S[:5]), (found.P, Vt[:5]), (found.spectrum, S)):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def resumed(begun):
+    return BasisWriter.resume(open_store(begun.path, "r+").root, "b")
+
+
+def test_what_was_flushed_is_kept_and_the_rest_forgotten(begun):
+    begun.write(begun.writer, "layer3")
+    begun.write(begun.writer, "layer0")
+    begun.writer.flush()
+    begun.write(begun.writer, "layer1")  # shares a chunk of S with layer0, and is lost with the process
+    assert_holds(begun, ["layer0", "layer3"])
+    again = resumed(begun)
+    begun.write(again, "layer2")  # shares one with layer3
+    again.flush()
+    assert_holds(begun, ["layer0", "layer2", "layer3"])
+    again = resumed(begun)
+    for layer in ("layer4", "layer1"):
+        begun.write(again, layer)
+    again.finish()
+    assert_holds(begun, begun.layers)
+    assert verify(begun.path).findings == []
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_flush_that_fails_leaves_what_counted_before(begun, monkeypatch, step):
+    begun.write(begun.writer, "layer0")
+    begun.writer.flush()
+    for layer in ("layer1", "layer4"):
+        begun.write(begun.writer, layer)
+    calls = []
+    for name in ("write", "put_attributes"):
+        real = getattr(schema, name)
+
+        def breaks(*arguments, real=real):
+            calls.append(1)
+            if len(calls) == step:
+                raise OSError("gone")
+            return real(*arguments)
+
+        monkeypatch.setattr(schema, name, breaks)
+    with pytest.raises(OSError, match="gone"):  # two chunks of S, two of the spectrum, and the attributes
+        begun.writer.flush()
+    monkeypatch.undo()
+    monkeypatch.setattr(schema, "ROWS", 2)
+    monkeypatch.setattr(schema, "SLAB", 2)
+    assert_holds(begun, ["layer0"])
+    begun.writer.flush()
+    assert_holds(begun, ["layer0", "layer1", "layer4"])
+
+
+def test_a_row_that_nobody_wrote_is_no_basis(begun):
+    """A record that came before its S: the chunk is whole, and holds the fill value."""
+    for layer in ("layer0", "layer1"):
+        begun.write(begun.writer, layer)
+    begun.writer.flush()
+    S = zarr.open_array(str(begun.path / "bases" / "b" / "7x6" / "S"), mode="r+")
+    S[1] = np.nan
+    basis = open_store(begun.path).bases.open("b")
+    np.testing.assert_array_equal(basis["layer0"].S, begun.parts["layer0"][1][:5])
+    with pytest.raises(StoreError, match="7x6/S has a chunk that is missing or not finite"):
+        _ = basis["layer1"]
+
+
+def test_a_damaged_row_is_found_when_its_basis_is_resumed(begun):
+    begun.write(begun.writer, "layer0")
+    begun.writer.flush()
+    chunk = begun.path / "bases" / "b" / "7x6" / "S" / "c" / "0" / "0"
+    chunk.write_bytes(flip(chunk.read_bytes(), 3, 1))
+    with pytest.raises(StoreError, match=r"7x6/S \(chunk c/0/0\) does not match its checksum: restore the store"):
+        resumed(begun)
+
+
+def test_an_edited_attribute_is_refused_until_it_is_sealed(store):
+    site = _site(store, DOWN)
+    head = json.loads((store / "moments" / site / "zarr.json").read_text())
+    head["attributes"]["count"] += 1
+    (store / "moments" / site / "zarr.json").write_text(json.dumps(head))
+    with pytest.raises(StoreError, match=rf"moments/{site} has attributes that do not match their hash"):
+        _ = open_store(store).moments[DOWN]
+    head["attributes"] = sealed(head["attributes"])
+    (store / "moments" / site / "zarr.json").write_text(json.dumps(head))
+    assert open_store(store).moments[DOWN].count == 8 * 16 + 1
+
+
+def test_the_seal_is_that_of_the_format_page(store):
+    """In the words of docs/store-format.md, with nothing of the package."""
+    import xxhash
+
+    for group in (store, store / "moments", store / "moments" / _site(store, DOWN), store / "bases" / "full"):
+        attrs = json.loads((group / "zarr.json").read_text())["attributes"]
+        seal = attrs.pop("attrs_hash")
+        attrs.pop("run", None)
+        text = json.dumps(attrs, sort_keys=True, separators=(",", ":"))
+        assert seal == xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def test_infinite_values_are_refused(store):
+    rewritten(
+        store, f"moments/{_site(store, DOWN)}", "mean", lambda mean: np.where(np.arange(len(mean)) == 1, np.inf, mean)
+    )
+    with pytest.raises(StoreError, match="mean has a chunk that is missing or not finite"):
+        _ = open_store(store).moments[DOWN].mean
+    assert torch.isfinite(open_store(store).moments[DOWN].second_moment).all()

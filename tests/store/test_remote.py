@@ -1,0 +1,303 @@
+"""Stores at URLs: the same numbers as from disk, single files asked for by name, and only those that a rank needs."""
+
+import contextlib
+import http.server
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import workers
+from stores import RUN, everything, files, flip
+from workers import one_thread  # noqa: F401
+
+import prep
+from prep import StoreError
+from prep.preprocess.verify import verify
+from prep.store import open_store
+from prep.store.format import schema
+from prep.store.pool import pool
+from prep.store.transfer import pull, push
+
+BUCKET, RANK, SLAB = "shelf", 4, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_slabs():
+    """Chunks of two ranks, and of two layers, so that a tiny basis has several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "SLAB", SLAB)
+        patch.setattr(schema, "ROWS", SLAB)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store with moments and two bases, one for metric identity."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("made")
+    model = tiny.save(tiny.llama(), path / "model")
+    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
+    prep.covariance(model, data, store=path / "prep.zarr", layers="1", **RUN)
+    prep.decompose(path / "prep.zarr", rank=8, quiet=True)
+    prep.decompose(path / "prep.zarr", for_="pissa", rank=8, quiet=True)
+    return SimpleNamespace(path=path, model=model, data=data, store=path / "prep.zarr", build=tiny.llama)
+
+
+# Servers
+
+
+@pytest.fixture(scope="module")
+def web(made):
+    """A web server over the store's directory that notes its requests."""
+    log: list[tuple[str, str]] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(made.path))
+
+        def log_request(self, *_):
+            log.append((self.command, self.path))
+
+        def log_error(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/prep.zarr", log=log, prefix="/prep.zarr/")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """An S3 server with an empty bucket that notes its requests."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    log: list[tuple[str, str]] = []
+    backend = DomainDispatcherApplication(create_backend_app)
+
+    def app(environ, start_response):
+        query = f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else ""
+        log.append((environ["REQUEST_METHOD"], environ["PATH_INFO"] + query))
+        return backend(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield SimpleNamespace(url=f"s3://{BUCKET}/prep.zarr", log=log, prefix=f"/{BUCKET}/prep.zarr/")
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shelf(s3, made):
+    """The store pushed to S3."""
+    push(made.store, s3.url)
+    return s3
+
+
+@pytest.fixture(params=["web", "shelf"])
+def server(request):
+    return request.getfixturevalue(request.param)
+
+
+def asked(server):
+    """The files that were asked for since the log was cleared, after checking how."""
+    names = []
+    for method, path in server.log:
+        assert method == "GET", (method, path)
+        assert "?" not in path and not path.endswith("/"), f"a listing: {path}"
+        assert path.startswith(server.prefix)
+        names.append(path.removeprefix(server.prefix))
+    for name in names:
+        assert name.split("/")[-1] not in (".zarray", ".zgroup", ".zattrs", ".zmetadata"), f"a v2 probe: {name}"
+        assert not name.endswith(".json") or name.endswith("zarr.json")
+    return names
+
+
+# Reading
+
+
+def test_everything_reads_the_same(made, server):
+    assert everything(server.url) == everything(made.store)
+
+
+def test_attaching_gives_the_same_logits_and_fetches_only_what_the_rank_needs(made, server):
+    model = made.build()
+    x = workers.tokens()
+    prep.attach(model, made.store, core="gain", basis="full", rank=RANK)
+    for core in model.modules():
+        if hasattr(core, "g"):
+            core.g.data.fill_(0.3)
+    wanted = workers.logits(model, x)
+    prep.detach(model)
+
+    server.log.clear()
+    prep.attach(model, server.url, core="gain", basis="full", rank=RANK)
+    names = asked(server)
+    for core in model.modules():
+        if hasattr(core, "g"):
+            core.g.data.fill_(0.3)
+    assert torch.equal(workers.logits(model, x), wanted)
+    prep.detach(model)
+
+    basis = open_store(made.store).bases["full"]
+    needed = {"zarr.json", "bases/full/zarr.json"}
+    for shape in basis.shapes:
+        for role, layout in basis.arrays(shape).items():
+            top = f"bases/full/{shape[0]}x{shape[1]}/{role}"
+            slabs = [key for key in layout.chunk_keys() if role == "S" or int(key.split("/")[2]) < RANK // SLAB]
+            needed |= {f"{top}/zarr.json", *(f"{top}/{key}" for key in slabs)} if role != "spectrum" else set()
+    assert set(names) == needed
+    assert len(names) == len(needed)
+
+
+def test_one_layer_fetches_its_own_chunks(made, server):
+    layer = "model.layers.1.self_attn.o_proj"
+    basis = open_store(server.url).bases["identity"]
+    server.log.clear()
+    found = basis.read([layer], rank=1)[layer]
+    index = found.record.index
+    chunks = {name for name in asked(server) if "/c/" in name}
+    top = "bases/identity/32x32"
+    assert chunks == {f"{top}/U/c/{index}/0/0", f"{top}/P/c/{index}/0/0", f"{top}/S/c/{index // SLAB}/0"}
+    assert torch.equal(found.U, open_store(made.store).bases["identity"][layer].U[:, :1])
+
+
+def test_memory_urls(made):
+    push(made.store, "memory://shelf/prep.zarr")
+    assert everything("memory://shelf/prep.zarr") == everything(made.store)
+
+
+def test_verify_and_pool_read_from_urls(made, server, tmp_path):
+    report = verify(server.url, model=made.model)
+    assert (report.findings, report.bases, report.weights) == ([], 2, 7 * 3)
+    pooled = pool([server.url, made.store], store=tmp_path / "c")
+    layer = next(iter(pooled.moments))
+    torch.testing.assert_close(pooled.moments[layer].mean, open_store(made.store).moments[layer].mean)
+
+
+def test_decompose_writes_to_a_url(made, s3):
+    push(made.store, f"s3://{BUCKET}/grown.zarr")
+    basis = prep.decompose(f"s3://{BUCKET}/grown.zarr", metric="diagonal", rank=4, quiet=True)
+    local = shutil.copytree(made.store, made.path / "grown.zarr")
+    wanted = prep.decompose(local, metric="diagonal", rank=4, quiet=True)
+    assert basis.hash == wanted.hash
+    assert verify(f"s3://{BUCKET}/grown.zarr").findings == []
+
+
+# Copies
+
+
+def test_push_and_pull_keep_every_byte(made, shelf, tmp_path):
+    pull(shelf.url, tmp_path / "back.zarr")
+    kept = {file.relative_to(made.store): file.read_bytes() for file in files(made.store)}
+    assert {
+        file.relative_to(tmp_path / "back.zarr"): file.read_bytes() for file in files(tmp_path / "back.zarr")
+    } == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.zarr"]
+
+
+def test_pull_from_the_web_needs_no_listing(made, web, tmp_path):
+    web.log.clear()
+    pull(web.url, tmp_path / "back.zarr")
+    assert set(asked(web)) == {file.relative_to(made.store).as_posix() for file in files(made.store)}
+    assert everything(tmp_path / "back.zarr") == everything(made.store)
+
+
+def test_what_is_there_is_kept_unless_asked(made, shelf, tmp_path):
+    with pytest.raises(StoreError, match="holds something already: name another URL, or replace it with --overwrite"):
+        push(made.store, shelf.url)
+    push(made.store, shelf.url, overwrite=True)
+    assert verify(shelf.url).findings == []
+    target = shutil.copytree(made.store, tmp_path / "s")
+    before = everything(target)
+    with pytest.raises(StoreError, match="exists already: name another --store, or replace it with --overwrite"):
+        pull(shelf.url, target)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("x")
+    with pytest.raises(StoreError, match="is not a prep store"):
+        pull(shelf.url, tmp_path / "folder", overwrite=True)
+    assert (tmp_path / "folder" / "precious").exists()
+    assert everything(pull(shelf.url, target, overwrite=True).location) == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "deleted"])
+def test_a_damaged_source_arrives_nowhere(made, tmp_path, damage):
+    source = shutil.copytree(made.store, tmp_path / "bad.zarr")
+    chunk = next(
+        file for file in files(source / "bases" / "full") if file.parts[-4:-2] == ("P", "c") or "/P/c/" in str(file)
+    )
+    if damage == "flipped":
+        chunk.write_bytes(flip(chunk.read_bytes(), 3, 1))
+    else:
+        chunk.unlink()
+    with contextlib.chdir(tmp_path), pytest.raises(StoreError, match=r"bases/full.*/P"):
+        pull("bad.zarr", "good.zarr")
+    assert not (tmp_path / "good.zarr").exists()
+    assert not (tmp_path / "good.zarr.partial").exists()
+    with pytest.raises(StoreError, match=r"bases/full.*/P"):
+        push(source, f"memory://{damage}/prep.zarr")
+
+
+def test_a_store_that_is_not_complete_is_not_copied(made, tmp_path):
+    source = shutil.copytree(made.store, tmp_path / "s")
+    root = open_store(source, "r+").root
+    schema.put_attributes(root, {**root.attrs, "status": "incomplete"})
+    with pytest.raises(StoreError, match="is not complete"):
+        push(source, "memory://incomplete/prep.zarr")
+
+
+# Errors
+
+
+def test_urls_that_lead_nowhere(made, web, s3):
+    for url, message in [
+        (web.url + "x", "no store at"),
+        (f"s3://{BUCKET}/absent", "no store at"),
+        ("s3://no-such-bucket/prep.zarr", "no store at|cannot be read"),
+        ("http://127.0.0.1:9/prep.zarr", "cannot be read"),
+        ("gopher://x/prep.zarr", "cannot be opened"),
+    ]:
+        with pytest.raises(StoreError, match=message) as caught:
+            open_store(url)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(StoreError, match="is no URL"):
+        push(made.store, str(Path("elsewhere")))
+
+
+def test_a_connection_that_breaks_is_no_damage(made, tmp_path):
+    class Gone(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if "/c/" in self.path:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(made.path))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gone)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/prep.zarr"
+    with pytest.raises(StoreError, match=r"mean/c/0 cannot be read \(503.*check path, permission and connection"):
+        _ = open_store(url).moments["model.layers.1.mlp.down_proj"].mean
+    server.shutdown()
+    server.server_close()

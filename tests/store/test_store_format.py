@@ -1,0 +1,189 @@
+"""docs/store-format.md is complete: a process without prep reads a store by that page, with zarr and NumPy."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import prep
+from prep.store import SiteData, create_store, write_sites
+from prep.store.format import schema
+from prep.store.format.schema import panels
+
+PAGE = Path(__file__).parents[2] / "docs" / "store-format.md"
+LAYER = "model.layers.0.mlp.down_proj"
+ATTRS = {"id": "0" * 32, "model": {"id": "m"}, "corpus": {}, "options": {}, "status": "complete", "prep_version": "0"}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with one site of width 700 (two panels) and a bfloat16 basis of its only layer, and what went into it."""
+    rng = np.random.default_rng(0)
+    X, W = rng.standard_normal((900, 700)), rng.standard_normal((40, 700))
+    C = X.T @ X / len(X)
+    root = create_store(tmp_path / "s.zarr", ATTRS).root
+    members = {LAYER: {"shape": [40, 700], "weight_hash": "", "weight_dtype": "float32"}}
+    blocks = [torch.from_numpy(C[a:b, :b]) for a, b in panels(700)]
+    data = SiteData("full", members, len(X), torch.from_numpy(X.mean(0)), second_moment=blocks)
+    write_sites(root, {LAYER: data}, "float64", {})
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    writer = prep.store.BasisWriter.create(
+        root,
+        "identity",
+        method={"metric": "identity", "rank": 40},
+        dtype="bfloat16",
+        model={"id": "m"},
+        groups={(40, 700): {"layers": [LAYER], "rank": 40, "spectrum": 40}},
+    )
+    record = prep.store.LayerRecord((40, 700), 0, 40, 1.0, 0.0, 40, "svd", 1.0, "", "float32")
+    writer.write(LAYER, *map(torch.from_numpy, (U, S, Vt, S)), record)
+    writer.finish()
+    return tmp_path / "s.zarr", C, W
+
+
+def run_without_prep(code: str, cwd: Path) -> str:
+    guard = "import sys; sys.modules['prep'] = None\n"
+    done = subprocess.run([sys.executable, "-c", guard + code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_of_the_page_reads_a_store(store):
+    path, C, W = store
+    example = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    decode = "W_r = (U.T * S) @ P"
+    assert decode in example
+    widen = "U, P = ((a.astype('uint32') << 16).view('float32').astype('float64') for a in (U, P))\n" + decode
+    code = f"LAYER = {LAYER!r}\n" + example.replace('"prep.zarr"', repr(str(path))).replace(
+        '"bases/full"', '"bases/identity"'
+    )
+    code = code.replace(decode, widen) + "np.save('C.npy', C); np.save('W_r.npy', W_r)"
+    run_without_prep(code, path.parent)
+    np.testing.assert_array_equal(np.load(path.parent / "C.npy"), np.tril(C) + np.tril(C, -1).T)
+    error = np.linalg.norm(np.load(path.parent / "W_r.npy") - W) / np.linalg.norm(W)
+    assert error < 2**-8
+
+
+def test_the_page_states_codecs_fill_values_and_triangle(store):
+    path, _, _ = store
+    meta = json.loads((path / "moments" / LAYER / "second_moment" / "zarr.json").read_text())
+    assert [codec["name"] for codec in meta["codecs"]] == ["bytes", "crc32c"]
+    assert meta["fill_value"] == "NaN"
+    chunks = {
+        file.name: file.parent.name
+        for file in (path / "moments" / LAYER / "second_moment" / "c").rglob("*")
+        if file.is_file()
+    }
+    assert chunks == {"0": "1", "1": "1"}  # (0, 0), (1, 0) and (1, 1); the upper (0, 1) is not written
+    assert not (path / "moments" / LAYER / "second_moment" / "c" / "0" / "1").exists()
+    bf16 = json.loads((path / "bases" / "identity" / "40x700" / "U" / "zarr.json").read_text())
+    assert bf16["data_type"] == "uint16"
+    assert bf16["fill_value"] == 0x7FC0
+    assert bf16["attributes"]["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def stacked(tmp_path, monkeypatch):
+    """Bases of five layers of one shape in chunks of two layers and of three ranks, in every dtype; what they hold."""
+    monkeypatch.setattr(schema, "ROWS", 2)
+    monkeypatch.setattr(schema, "SLAB", 3)
+    path, draw = tmp_path / "stacked.zarr", torch.Generator().manual_seed(0)
+    root = create_store(path, ATTRS | {"corpus": None, "options": None}).root
+    layers, given = [f"layer{i}" for i in range(5)], {}
+    for dtype in schema.DTYPES:
+        group = {"layers": layers, "rank": 7, "spectrum": 8}
+        writer = prep.store.BasisWriter.create(
+            root, dtype, method={"rank": 7}, dtype=dtype, model={"id": "m"}, groups={(9, 8): group}
+        )
+        for i, layer in enumerate(layers):
+            parts = [torch.randn(size, generator=draw, dtype=torch.float64) for size in ((9, 7), (7,), (7, 8), (8,))]
+            record = prep.store.LayerRecord((9, 8), i, 7, 1.0, 0.0, 8, "svd", 1.0, "", "float32")
+            writer.write(layer, *parts, record)
+            given[dtype, layer] = parts
+        writer.finish()
+    return path, layers, given
+
+
+def test_plain_zarr_reads_the_arrays_and_would_write_the_same_files(stacked, tmp_path):
+    import zarr
+
+    path, layers, given = stacked
+    for dtype in schema.DTYPES:
+        for role, edges in {"U": (1, 3, 9), "P": (1, 3, 8), "S": (2, 7), "spectrum": (2, 8)}.items():
+            rows = [given[dtype, layer][["U", "S", "P", "spectrum"].index(role)] for layer in layers]
+            values = torch.stack([x.T if role == "U" else x for x in rows])
+            kept = values if role in ("S", "spectrum") else values.to(schema.DTYPES[dtype])
+            bits = kept.view(torch.uint16).numpy() if kept.dtype == torch.bfloat16 else kept.numpy()
+            found = zarr.open_array(str(path / "bases" / dtype / "9x8" / role), mode="r")
+            assert found.chunks == edges
+            np.testing.assert_array_equal(found[...], bits)
+            plain = zarr.create_array(
+                str(tmp_path / "plain"),
+                shape=bits.shape,
+                chunks=edges,
+                dtype=bits.dtype,
+                fill_value=found.fill_value,
+                serializer=zarr.codecs.BytesCodec(endian="little"),
+                compressors=zarr.codecs.Crc32cCodec(),
+                overwrite=True,
+            )
+            plain[...] = bits
+            assert tiny.contents(tmp_path / "plain" / "c") == tiny.contents(path / "bases" / dtype / "9x8" / role / "c")
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 7, 100, None])
+def test_any_rank_is_a_slice(stacked, rank):
+    path, layers, given = stacked
+    for dtype in schema.DTYPES:
+        found = prep.open_store(path).bases[dtype].read(layers[3:0:-2], rank)
+        assert list(found) == ["layer3", "layer1"]
+        for layer, one in found.items():
+            U, S, P, spectrum = given[dtype, layer]
+            assert torch.equal(one.U, U[:, :rank].to(schema.DTYPES[dtype]))
+            assert torch.equal(one.P, P[:rank].to(schema.DTYPES[dtype]))
+            assert torch.equal(one.S, S[:rank]) and torch.equal(one.spectrum, spectrum)
+
+
+def test_a_region_is_written_in_whole_chunks(stacked):
+    root = prep.open_store(stacked[0], "r+").root
+    layout = schema.Layout((5, 7), (2, 7), ("float64",))
+    array = schema.open_array(root, "bases/float64/9x8/S", layout)
+    before = schema.read(array)
+    for region, values in [
+        ((slice(1, 3),), torch.zeros(2, 7)),
+        ((slice(0, 1),), torch.zeros(1, 7)),
+        ((slice(0, 2),), torch.zeros(1, 7)),
+        ((slice(0, 2), slice(0, 3)), torch.zeros(2, 3)),
+    ]:
+        with pytest.raises(ValueError, match="are not the whole chunks of"):
+            schema.write(array, region, values)
+    assert torch.equal(schema.read(array), before)
+    schema.write(array, (slice(4, 5),), torch.ones(1, 7))
+    assert torch.equal(schema.read(array, (slice(3, 5),)), torch.stack([before[3], torch.ones(7, dtype=torch.float64)]))
+
+
+def test_every_attribute_that_is_written_is_described(store):
+    path, _, _ = store
+    page = PAGE.read_text()
+    groups = [path, path / "moments", path / "moments" / LAYER, path / "bases" / "identity"]
+    names = {name for group in groups for name in json.loads((group / "zarr.json").read_text())["attributes"]}
+    record = json.loads((path / "bases" / "identity" / "zarr.json").read_text())["attributes"]["layers"][LAYER]
+    for name in names | set(record):
+        assert f"`{name}`" in page, name
+
+
+def test_consolidated_metadata_is_not_needed_and_does_no_harm(store):
+    import zarr
+
+    path, C, _ = store
+    before = prep.open_store(path).moments[LAYER].second_moment
+    zarr.consolidate_metadata(str(path), zarr_format=3)
+    after = prep.open_store(path).moments[LAYER].second_moment
+    assert torch.equal(before, after)
+    assert torch.equal(after, torch.from_numpy(np.tril(C) + np.tril(C, -1).T))

@@ -1,0 +1,339 @@
+"""Stores of strangers: whatever the metadata says, reading ends in a StoreError, soon and in little memory."""
+
+import contextlib
+import copy
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import RUN, everything
+
+import prep
+from prep import StoreError
+from prep.preprocess.verify import verify
+from prep.store import open_store
+from prep.store.format.schema import sealed
+from prep.store.info import info, table
+
+SITE = "model.layers.1.mlp.down_proj"
+GIGABYTE = 2**30
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("made")
+    model = tiny.save(tiny.llama(), path / "model")
+    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
+    prep.covariance(model, data, store=path / "s", layers="1", **RUN)
+    prep.decompose(path / "s", rank=4, quiet=True)
+    return path / "s"
+
+
+@pytest.fixture
+def store(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "s.zarr")
+
+
+def documents(path):
+    return {file: json.loads(file.read_text()) for file in sorted(Path(path).rglob("zarr.json"))}
+
+
+def write(file, document):
+    """Write a document whose attributes, if it is a group's, are sealed: a stranger can do that too."""
+    if isinstance(document, dict) and document.get("node_type") == "group":
+        with contextlib.suppress(TypeError, AttributeError):
+            document = {**document, "attributes": sealed(document.get("attributes", {}))}
+    file.write_text(json.dumps(document))
+
+
+def edit(path, name, change):
+    file = Path(path, name, "zarr.json")
+    document = json.loads(file.read_text())
+    change(document)
+    write(file, document)
+
+
+def look(path):
+    """Read, describe and verify all of a store."""
+    whole = open_store(path)
+    table(info(whole))
+    everything(path)
+    return verify(path)
+
+
+@contextlib.contextmanager
+def bounded(seconds=60, extra=GIGABYTE):
+    """No more than a gigabyte of address space on top of what is there, and an end in any case."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def late(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(path, match):
+    with bounded(), pytest.raises(StoreError, match=match) as caught:
+        everything(path)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    assert "memory" not in said and "allocate" not in said
+
+
+def test_what_is_read_is_whole(store):
+    assert look(store).findings == []
+
+
+# Sizes
+
+
+def claim(path, d):
+    """The store says that its sites are d wide, everywhere and with a seal."""
+
+    def members(document):
+        for member in document["attributes"]["members"].values():
+            member["shape"][1] = d
+
+    edit(path, f"moments/{SITE}", members)
+    edge = -(-d // max(1, min(8, d // 256)))
+    for name, shape, chunks in (("second_moment", [d, d], [edge, edge]), ("mean", [d], [d])):
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
+        edit(path, f"moments/{SITE}/{name}", lambda doc, s=shape, g=grid: doc.update(shape=s, chunk_grid=g))
+
+
+def second_moment(path):
+    with bounded():
+        return open_store(path).moments[SITE].second_moment
+
+
+ABSENT = "chunk c/0/0 is missing or of another size"
+
+
+@pytest.mark.parametrize(("d", "message"), [(1_200_000, "claims 11,520 GB"), (100_000, ABSENT), (20_000, ABSENT)])
+def test_an_array_that_is_not_there_is_refused_before_memory_is_set_aside(store, d, message):
+    claim(store, d)
+    with pytest.raises(StoreError, match=message):
+        second_moment(store)
+
+
+def test_a_chunk_file_larger_than_a_chunk_is_not_read(store):
+    with (store / "moments" / SITE / "mean" / "c" / "0").open("r+b") as file:
+        file.truncate(50 * GIGABYTE)  # sparse
+    with bounded(), pytest.raises(StoreError, match=r"mean \(chunk c/0\) does not hold 388 bytes"):
+        _ = open_store(store).moments[SITE].mean
+
+
+def test_a_document_of_a_gigabyte_is_not_read(store):
+    for name in ("", f"moments/{SITE}", f"moments/{SITE}/mean"):
+        file = store / name / "zarr.json"
+        kept = file.read_bytes()
+        with file.open("r+b") as opened:
+            opened.truncate(4 * GIGABYTE)
+        with bounded(), pytest.raises(StoreError):
+            everything(store)
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, "NaN", "null", "[]", '"x"', ""])
+def test_documents_that_are_no_metadata(store, text):
+    for name in ("", "moments", f"moments/{SITE}", f"moments/{SITE}/mean", "bases/full", "bases/full/32x48/U"):
+        file = store / name / "zarr.json"
+        kept = file.read_bytes()
+        file.write_text(text)
+        refused(store, "damaged|cannot be opened")
+        file.write_bytes(kept)
+
+
+# Codecs, grids, dtypes: nothing of a foreign document reaches the decoder
+
+GZIP = {"name": "gzip", "configuration": {"level": 1}}
+BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+SHARDING = {
+    "name": "sharding_indexed",
+    "configuration": {"chunk_shape": [48], "codecs": [BYTES], "index_codecs": [BYTES], "index_location": "end"},
+}
+FOREIGN = {
+    "gzip": {"codecs": [BYTES, GZIP]},
+    "zstd": {"codecs": [BYTES, {"name": "zstd", "configuration": {"level": 0, "checksum": False}}, {"name": "crc32c"}]},
+    "numcodecs": {"codecs": [BYTES, {"name": "numcodecs.lzma", "configuration": {}}]},
+    "pickle": {"codecs": [{"name": "numcodecs.pickle", "configuration": {}}]},
+    "sharding": {"codecs": [SHARDING]},
+    "no checksum": {"codecs": [BYTES]},
+    "big endian": {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]},
+    "object dtype": {"data_type": "object"},
+    "string dtype": {"data_type": "string"},
+    "other dtype": {"data_type": "int64"},
+    "zero fill": {"fill_value": 0.0},
+    "no fill": {"fill_value": None},
+    "small chunks": {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1]}}},
+    "zero chunks": {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0]}}},
+    "rectilinear": {"chunk_grid": {"name": "rectilinear", "configuration": {"chunk_shapes": [[48]]}}},
+    "key encoding": {"chunk_key_encoding": {"name": "v2", "configuration": {"separator": "/"}}},
+    "upward key": {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/../"}}},
+    "transformer": {"storage_transformers": [{"name": "x", "configuration": {}}]},
+    "extra field": {"x": {"must_understand": True}},
+    "attributes": {"attributes": {"dtype": "float64", "x": 1}},
+    "dtype attribute": {"attributes": {"dtype": ["float64"]}},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_encodings_are_refused(store, name):
+    edit(store, f"moments/{SITE}/mean", lambda document: document.update(copy.deepcopy(FOREIGN[name])))
+    refused(store, f"moments/{SITE}/mean has (an unexpected|the dtype)")
+    assert f"moments/{SITE}/mean" in {finding.where for finding in verify(store).findings}
+
+
+def test_equal_spellings_are_accepted(store):
+    crc = {"name": "crc32c", "configuration": {}}
+    edit(store, f"moments/{SITE}/mean", lambda doc: doc.update(codecs=[BYTES, crc], dimension_names=None))
+    assert look(store).findings == []
+
+
+# Names
+
+NAMES = ["../escape", "..", ".", "", "/etc", "a/b", "a\\b", "\x1b[2J", "a\x00b", "x" * 600, "zarr.json", 7, None, ["a"]]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:12])
+def test_names_cannot_leave_the_store(store, name):
+    (store.parent / "escape").mkdir()
+    (store.parent / "escape" / "zarr.json").write_text("{}")
+    with contextlib.suppress(TypeError):  # no key of JSON
+        kept = (store / "moments" / "zarr.json").read_bytes()
+        edit(store, "moments", lambda doc: doc["attributes"]["sites"].update({str(name): [SITE]}))
+        if name != str(name):
+            (store / "moments" / "zarr.json").write_bytes(kept)
+        else:
+            refused(store, "cannot name a site")
+            (store / "moments" / "zarr.json").write_bytes(kept)
+    kept = (store / "moments" / "zarr.json").read_bytes()
+    edit(store, "moments", lambda doc: doc["attributes"]["sites"][SITE].append(name))
+    refused(store, "cannot name a layer")
+    (store / "moments" / "zarr.json").write_bytes(kept)
+    edit(store, "bases/full", lambda doc: doc["attributes"]["groups"]["32x48"]["layers"].append(name))
+    refused(store, "cannot name a layer")
+    edit(store, "", lambda doc: doc["attributes"]["bases"].append(name))
+    refused(store, "cannot name a basis")
+
+
+# Anything
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([-1, 0, 1, 2, 3, 48, 2**20, 2**31, 2**48, 2**63, 2**64, -(2**70), 10**30])
+    | st.floats()
+    | st.sampled_from(
+        ["", "..", "../x", "a/b", "float64", "bfloat16", "full", "output", "complete", "1x1", "32x48", SITE]
+    )
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed(draw, found):
+    """One to three documents with a value, key or item replaced, removed or added; or a number everywhere."""
+    found = copy.deepcopy(found)
+    if draw(st.integers(0, 3)) == 0:
+        old = draw(st.sampled_from([4, 16, 32, 48, 128]))
+        new = draw(st.sampled_from([0, -1, 1, 3, 31, 500, 10_000, 70_000, 10**6, 10**7, 2**40, 2**70, 4.5, "4", None]))
+        return {file: replace(document, old, new) for file, document in found.items()}
+    for _ in range(draw(st.integers(1, 3))):
+        node = found[draw(st.sampled_from(sorted(found)))]
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(node[key], dict | list) and node[key] and draw(st.integers(0, 4)):
+                node = node[key]
+                continue
+            action = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+            if action == "replace":
+                node[key] = draw(JSON)
+            elif action == "remove":
+                del node[key]
+            elif isinstance(node, dict):
+                node[draw(st.text(max_size=8))] = draw(JSON)
+            else:
+                node.append(draw(JSON))
+            break
+    return found
+
+
+def replace(value, old, new):
+    if isinstance(value, dict):
+        return {key: replace(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replace(item, old, new) for item in value]
+    return new if type(value) is int and value == old else value
+
+
+def fuzz(store, cases):
+    found = documents(store)
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(changed(found))
+    def run(other):
+        for file, document in other.items():
+            if document != found[file]:
+                write(file, document)
+        try:
+            with bounded():
+                look(store)
+        except StoreError as error:
+            said = str(error)
+            assert len(said.splitlines()) == 1, said
+            assert "memory" not in said and "allocate" not in said, said
+        finally:
+            for file, document in other.items():
+                if document != found[file]:
+                    file.write_text(json.dumps(found[file]))
+
+    run()
+    assert look(store).findings == []
+
+
+def test_fuzzed_metadata(store):
+    fuzz(store, 100)
+
+
+@pytest.mark.stress
+def test_fuzzed_metadata_2000_times(store):
+    fuzz(store, 2000)
+
+
+def test_nothing_is_executed_or_unpickled():
+    """The package's readers know neither pickle nor eval."""
+    root = Path(prep.store.__file__).parent
+    for file in root.rglob("*.py"):
+        text = file.read_text()
+        for word in ("pickle", "eval(", "exec(", "torch.load", "allow_pickle", "__import__"):
+            assert word not in text, (file.name, word)
+    assert zarr.config.get("array.order") == "C"

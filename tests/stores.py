@@ -1,0 +1,34 @@
+"""Plain readings of whole stores, and of their files, for the tests of the store."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from prep.store import open_store
+
+RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
+
+
+def everything(path):
+    """All that a reader can get out of a store, in plain values."""
+    found = open_store(path)
+    out = {"root": {name: value for name, value in found.attrs.items() if name != "run"}}
+    moments = found.moments
+    out["sites"], out["skipped"] = moments.sites, moments.skipped
+    for layer in moments:
+        one = moments[layer]
+        out[layer] = [one.kind, one.count, one.members, one.hash, one.shape, one.mean.tolist(), one.diagonal.tolist()]
+        out[layer].append((one.output if one.kind == "output" else one.second_moment).tolist())
+    for name, basis in found.bases.items():
+        out[name] = [basis.method, basis.dtype, basis.model, basis.hash, basis.expected]
+        for layer, one in basis.read().items():
+            values = (one.U, one.S, one.P, one.spectrum)
+            out[f"{name} {layer}"] = [asdict(one.record), *(value.double().tolist() for value in values)]
+    return out
+
+
+def files(path):
+    return sorted(file for file in Path(path).rglob("*") if file.is_file())
+
+
+def flip(raw, position, mask):
+    return raw[:position] + bytes([raw[position] ^ mask]) + raw[position + 1 :]

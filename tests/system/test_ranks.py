@@ -1,0 +1,271 @@
+"""Several processes on one calibration: the moments of one process, whoever had which batch."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import families
+import jobs
+import pytest
+import tiny
+import torch
+
+import prep
+from prep.preprocess.calibration.hooks import accumulators
+from prep.preprocess.distributed import Ranks
+from prep.preprocess.model.sites import Site
+from prep.preprocess.verify import verify
+from prep.store import open_store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, text and options of a run of 7 batches; two passes."""
+    path = tmp_path_factory.mktemp("made")
+    options = {
+        "model": tiny.save(tiny.llama(intermediate=96), path / "model"),
+        "data": tiny.write_data(path / "text.jsonl", tiny.texts(200)),
+        "num_sequences": 13,
+        "seq_len": 16,
+        "batch_size": 2,
+        "pack": False,
+        "memory_budget": 200_000,
+        "quiet": True,
+    }
+    return path, options
+
+
+def same(a, b):
+    """Two stores with equal moments to 1e-12, exact counts, and equal sites."""
+    a, b = open_store(a), open_store(b)
+    assert a.attrs["id"] == b.attrs["id"] and a.corpus == b.corpus
+    assert a.moments.sites == b.moments.sites and a.moments.skipped == b.moments.skipped
+    for layer in b.moments:
+        ours, theirs = a.moments[layer], b.moments[layer]
+        assert (ours.kind, ours.count, ours.members) == (theirs.kind, theirs.count, theirs.members)
+        names = {"full": ["second_moment"], "diagonal": ["diagonal"], "output": ["output", "diagonal"]}[theirs.kind]
+        for name in ["mean", *names]:
+            assert tiny.relative(getattr(ours, name), getattr(theirs, name).numpy()) < 1e-12, (layer, name)
+
+
+@pytest.mark.parametrize(
+    ("size", "per_node", "moment"), [(1, 1, "full"), (2, 2, "full"), (3, 3, "auto"), (2, 1, "auto"), (4, 2, "full")]
+)
+def test_several_ranks_give_the_moments_of_one(made, tmp_path, size, per_node, moment):
+    _, options = made
+    prep.covariance(store=tmp_path / "one", moment=moment, **options)
+    given = {**options, "store": tmp_path / "many", "moment": moment, "checkpoint_every": 1e-3}
+    codes, said, _ = jobs.run("covariance", given, tmp_path, size, per_node)
+    assert codes == [0] * size, said
+    same(tmp_path / "many", tmp_path / "one")
+    assert prep.open_store(tmp_path / "many").moments.sites and not (tmp_path / "many" / "checkpoint").exists()
+
+
+def test_experts_that_some_ranks_do_not_reach(made, tmp_path):
+    path, options = made
+    options = {
+        **options,
+        "model": tiny.save(families.build(families.FAMILIES["Mixtral"]), path / "mixtral"),
+        "moment": "full",
+        "num_sequences": 3,
+        "batch_size": 1,
+    }
+    options |= {"memory_budget": 10**9, "seq_len": 3}
+    prep.covariance(store=tmp_path / "one", **options)
+    codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "many"}, tmp_path, 2)
+    assert codes == [0, 0], said
+    same(tmp_path / "many", tmp_path / "one")
+
+
+def test_peft_sums_are_those_of_one_process(made, tmp_path):
+    _, options = made
+    options = {**options, "compat": "peft-corda"}
+    prep.covariance(store=tmp_path / "one", **options)
+    codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "many"}, tmp_path, 3)
+    assert codes == [0] * 3, said
+    same(tmp_path / "many", tmp_path / "one")
+
+
+@pytest.mark.parametrize(("victim", "size", "then"), [(1, 2, 3), (0, 3, 1)])
+def test_a_killed_rank_ends_the_job_and_another_number_resumes(made, tmp_path, victim, size, then):
+    _, options = made
+    prep.covariance(store=tmp_path / "one", **options)
+    options = {**options, "store": tmp_path / "many", "checkpoint_every": 1e-3, "quiet": False}
+    codes, said, seconds = jobs.run("covariance", options, tmp_path, size, die=(victim, 2))
+    assert codes[victim] == -9 and all(code == 2 for rank, code in enumerate(codes) if rank != victim), (codes, said)
+    assert seconds < 60
+    survivor = said[1 if victim == 0 else 0]
+    assert "lost contact with another rank" in survivor and "run the same command again" in survivor
+    codes, said, _ = jobs.run("covariance", options, tmp_path, then)
+    assert codes == [0] * then, said
+    assert "resumed in pass 1 after" in said[0] and not any(said[1:])
+    same(tmp_path / "many", tmp_path / "one")
+
+
+def test_one_rank_tells_what_is_wrong(made, tmp_path):
+    _, options = made
+    codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "s", "data": "nothing.jsonl"}, tmp_path, 3)
+    assert codes == [2, 2, 2]
+    assert said[0].count("Error:") == 1 and "nothing.jsonl" in said[0] and not any(said[1:])
+    codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "s", "device_map": "cpu"}, tmp_path, 2)
+    assert codes == [2, 2] and "CUDA_VISIBLE_DEVICES" in said[0] and not said[1]
+    assert list(tmp_path.glob("s*")) == []
+
+
+def test_a_locked_store_is_told_once(made, tmp_path):
+    from prep.store.lock import writer_lock
+
+    _, options = made
+    with writer_lock(tmp_path / "s"):
+        codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "s"}, tmp_path, 2)
+    assert codes == [2, 2] and "is being written by" in said[0] and not said[1]
+
+
+def test_a_node_keeps_every_accumulator_once():
+    sites = [Site(f"l{i}", (f"l{i}",), ((64, d),)) for i, d in enumerate((64, 512, 300, 64, 512, 200))]
+    kinds = {site.name: "full" for site in sites}
+
+    def size(totals):
+        return sum(panel.numel() for total in totals.values() for panel in total.second.panels)
+
+    alone = accumulators(sites, kinds)
+    shares = [accumulators(sites, kinds, Ranks(rank, 3, rank, 3)) for rank in range(3)]
+    assert sum(map(size, shares)) == size(alone)
+    assert max(map(size, shares)) < 0.5 * size(alone)
+    for site in sites:
+        assert sum(share[site.name].kept for share in shares) == 1
+
+
+def test_batches_are_dealt_in_turn():
+    dealt = [list(Ranks(rank, 3).share(range(7))) for rank in range(3)]
+    assert dealt == [[0, 3, 6], [1, 4, None], [2, 5, None]]
+    assert list(Ranks().share(range(3))) == [0, 1, 2]
+    assert [list(Ranks(rank, 2).share([])) for rank in range(2)] == [[], []]
+    assert torch.tensor(Ranks().most(3, True)).tolist() == [3, 1]
+
+
+# decompose
+
+
+def same_basis(a, b):
+    """Two bases with equal records and directions; the layers are few enough that only rounding may differ."""
+    a, b = open_store(a).bases["full"], open_store(b).bases["full"]
+    assert list(a) == list(b) and a.method == b.method
+    for layer, theirs in b.read().items():
+        ours = a[layer]
+        assert (ours.record.index, ours.record.weight_hash) == (theirs.record.index, theirs.record.weight_hash)
+        for name in ("U", "S", "P", "spectrum"):
+            assert tiny.relative(getattr(ours, name), getattr(theirs, name).numpy()) < 1e-6, (layer, name)
+
+
+@pytest.fixture(scope="module")
+def moments(made, tmp_path_factory):
+    path = tmp_path_factory.mktemp("moments") / "s"
+    prep.covariance(store=path, **made[1])
+    return path
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_ranks_decompose_as_one(moments, tmp_path, size):
+    for name in ("one", "many"):
+        shutil.copytree(moments, tmp_path / name)
+    prep.decompose(tmp_path / "one", rank=8, quiet=True)
+    codes, said, _ = jobs.run("decompose", {"store": tmp_path / "many", "rank": 8, "quiet": True}, tmp_path, size)
+    assert codes == [0] * size, said
+    same_basis(tmp_path / "many", tmp_path / "one")
+    assert verify(tmp_path / "many").findings == []
+
+
+def test_ranks_that_begin_a_store_of_bases(made, tmp_path):
+    options = {"model": made[1]["model"], "metric": "identity", "rank": 8, "name": "full", "quiet": True}
+    prep.decompose(tmp_path / "one", **options)
+    codes, said, _ = jobs.run("decompose", {**options, "store": tmp_path / "many"}, tmp_path, 2)
+    assert codes == [0, 0], said
+    same_basis(tmp_path / "many", tmp_path / "one")
+
+
+@pytest.mark.parametrize(("victim", "then"), [(1, 1), (0, 3)])
+def test_a_killed_rank_loses_few_layers(moments, tmp_path, victim, then):
+    for name in ("one", "many"):
+        shutil.copytree(moments, tmp_path / name)
+    prep.decompose(tmp_path / "one", rank=8, quiet=True)
+    options = {"store": tmp_path / "many", "rank": 8}
+    codes, said, seconds = jobs.run("decompose", options, tmp_path, 2, die=(victim, 3))
+    assert codes[victim] == -9 and codes[1 - victim] == 2 and seconds < 60, (codes, said)
+    assert "lost contact with another rank" in said[1 - victim]
+    codes, said, _ = jobs.run("decompose", options, tmp_path, then)
+    assert codes == [0] * then, said
+    assert "basis 'full': resumed after" in said[0]
+    same_basis(tmp_path / "many", tmp_path / "one")
+
+
+# What takes long
+
+
+@pytest.mark.stress
+def test_killed_at_20_batches_and_resumed_by_another_number_each_time(made, tmp_path):
+    _, options = made
+    prep.covariance(store=tmp_path / "one", **options)
+    draw, resumed = random.Random(0), 0
+    given = {**options, "store": tmp_path / "many", "checkpoint_every": 1e-3, "quiet": False}
+    for _ in range(20):
+        size = draw.randint(2, 4)
+        per_node = draw.choice([n for n in (1, 2, size) if size % n == 0])
+        codes, said, seconds = jobs.run(
+            "covariance", given, tmp_path, size, per_node, (draw.randrange(size), draw.randint(1, 3))
+        )
+        assert set(codes) <= {0, 2, -9} and seconds < 60, (codes, said)
+        resumed += "resumed in pass" in said[0]
+        if codes == [0] * size:
+            same(tmp_path / "many", tmp_path / "one")
+            shutil.rmtree(tmp_path / "many")
+    assert resumed > 5
+    codes, said, _ = jobs.run("covariance", given, tmp_path, 2)
+    assert codes == [0, 0], said
+    same(tmp_path / "many", tmp_path / "one")
+
+
+@pytest.mark.stress
+def test_the_commands_under_torchrun(made, tmp_path):
+    """Both commands as a user types them; rank 0 alone prints, and torchrun names a rank that is killed."""
+    _, options = made
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "prep.cli",
+    ]
+    store = ["--store", str(tmp_path / "many")]
+    read = ["--model", options["model"], "--data", options["data"], "--num-sequences", "13", "--seq-len", "16"]
+    read += ["--batch-size", "2", "--no-pack"]
+    for command in (["covariance", *read], ["decompose", "--rank", "8"]):
+        done = subprocess.run([*torchrun, *command, *store], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("next: prep") == 1
+    prep.covariance(store=tmp_path / "one", **{**options, "memory_budget": 10**9})
+    prep.decompose(tmp_path / "one", rank=8, quiet=True)
+    same(tmp_path / "many", tmp_path / "one")
+    same_basis(tmp_path / "many", tmp_path / "one")
+
+    more = tiny.write_data(tmp_path / "more.jsonl", tiny.texts(6000))
+    slow = ["--data", more, "--num-sequences", "5000", "--store", str(tmp_path / "killed"), "--checkpoint-every", "1s"]
+    job = subprocess.Popen([*torchrun, "covariance", *read, *slow], stderr=subprocess.PIPE, text=True, env=environment)
+    while not (tmp_path / "killed" / "zarr.json").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    begun = time.monotonic()
+    _, said = job.communicate()
+    assert job.returncode != 0 and time.monotonic() - begun < 60
+    assert re.search(r"rank\s*: 1", said) and "-9" in said
