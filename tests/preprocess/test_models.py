@@ -105,8 +105,8 @@ def test_family(name):
 
 HEAD = """# Models
 
-Written by `PREP_WRITE_DOCS=1 pytest tests/preprocess/test_models.py`, which builds a model of two blocks of each family from its
-configuration and, on every run, checks every row:
+Written by `PREP_WRITE_DOCS=1 pytest tests/preprocess/test_models.py`, which builds a model of two blocks of each family
+from its configuration and, on every run, checks every row:
 
 - the moments of all layers agree to 1e-6 with float64 sums over the activations of single, unpadded sentences, while
   the calibration reads them in padded batches: from a file, for T5 as pairs with a mask for each side;
