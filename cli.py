@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import PrepError
+from .errors import Interrupted, PrepError
 from .preprocess.numerics.methods import PUBLISHED
 
 
@@ -26,7 +26,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except PrepError as error:
+        except (PrepError, Interrupted) as error:
             shown = click.ClickException(" ".join(str(error).split()))
             vars(shown)["exit_code"] = error.exit_code
             if error.silent:
@@ -120,7 +120,7 @@ _DTYPES = click.Choice(["auto", "float32", "float64", "bfloat16", "float16"])
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
 @click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
-def covariance(store: str, quiet: bool, memory_budget: str, checkpoint_every: str, **options: Any) -> None:
+def covariance(store: str, quiet: bool, **options: Any) -> None:
     """Stream text through a model and store the second moment of every linear layer's input.
 
     The second moment is C = E[x x^T], uncentred, over real tokens; layers that read the same input share one.
@@ -131,12 +131,10 @@ def covariance(store: str, quiet: bool, memory_budget: str, checkpoint_every: st
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
     """
     from .preprocess.calibration.estimate import Estimate, lines
-    from .preprocess.calibration.plan import parse_seconds, parse_size
     from .preprocess.covariance import covariance as run
     from .preprocess.distributed import launched
     from .store.info import skipped_lines
 
-    options |= {"memory_budget": parse_size(memory_budget), "checkpoint_every": parse_seconds(checkpoint_every)}
     found = run(store=store, quiet=quiet, distributed=launched(), **options)
     if found is None:  # rank 0 says the rest
         return

@@ -36,11 +36,13 @@ from torch import Tensor, nn
 
 import prep
 from prep.linear import weight_matrix
-from prep.preprocess.calibration.hooks import accumulators, forward_of, run_pass, site_members
-from prep.preprocess.calibration.plan import peak_memory
+from prep.preprocess.calibration.part import Batch, Part
 from prep.preprocess.corpus.text import CorpusOptions, load_corpus
 from prep.preprocess.decompose import decompose
+from prep.preprocess.memory import peak_memory
 from prep.preprocess.model import loading as models
+from prep.preprocess.model.forward import text_forward
+from prep.preprocess.model.network import Network, site_members
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.accumulators import moment_kind
 from prep.store.format.schema import panels
@@ -60,7 +62,7 @@ class Bench:
         self.corpus = load_corpus(corpus_options, models.load_tokenizer(options.model))
         self.net = models.load_model(options.model, dtype="float32")
         self.layers = target_layers(self.net, layers=options.layers)
-        self.forward = forward_of(self.net, self.layers)
+        self.forward = text_forward(self.net, self.layers)
         example = next(iter(self.corpus.batches(1)))
         self.sites, _ = find_sites(self.layers, lambda: self.forward({k: v[:, :32] for k, v in example.items()}))
         self.moments: dict[str, dict[str, Any]] = {}
@@ -77,10 +79,12 @@ class Bench:
 
     def run_prep(self, moment: str) -> None:
         kinds = {site.name: moment_kind(moment, site.shapes) for site in self.sites}
-        totals = accumulators(self.sites, kinds)
-        run_pass(self.layers, self.sites, totals, self.forward, self.batches())
+        part = Part(Network(self.net, self.layers, tuple(self.sites), kinds, self.forward, {}), self.sites)
+        with part.hooked():
+            for number, batch in enumerate(self.batches()):
+                part.add(Batch(number, batch, {}))
         self.moments[moment] = {
-            site.name: totals[site.name].finish(site_members(site, self.layers)) for site in self.sites
+            site.name: part.sums[site.name].finish(site_members(site, self.layers)) for site in self.sites
         }
 
     def peft_config(self) -> Any:

@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prep
-from prep.preprocess.calibration.hooks import forward_of
-from prep.preprocess.calibration.plan import peak_memory
+from prep.preprocess.memory import peak_memory
+from prep.preprocess.model.forward import text_forward
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.methods import Method
 from prep.preprocess.numerics.whitening import Moment, WhitenedSVD, whitened_svd
@@ -60,7 +60,7 @@ class RandomBench(Bench):
         for module in self.layers.values():
             scale = torch.arange(1, module.in_features + 1) ** -0.5
             module.weight.data.mul_(scale / scale.square().mean().sqrt())
-        self.forward = forward_of(self.net, self.layers)
+        self.forward = text_forward(self.net, self.layers)
         ids = torch.randint(0, config.vocab_size, (tokens,)).view(-1, min(tokens, 256))
         self.text = [{"input_ids": part} for part in ids.split(4)]
         self.sites, _ = find_sites(self.layers, lambda: self.forward({"input_ids": ids[:1, :8]}))

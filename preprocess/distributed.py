@@ -1,20 +1,20 @@
-"""Several processes on one calibration or decomposition, by torch.distributed (gloo on CPUs, nccl on GPUs).
+"""Several processes on one calibration or decomposition, by torch.distributed.
 
-Rank r of n takes the batches r, r + n, r + 2n ...; a round is one batch of each. Within a node the accumulators of a
-site are kept by one rank, its owner, which is handed the products of all others batch by batch; the sums of several
-nodes are added on the first one when they are stored. Sums are float64, so the result is that of one process up to
-the order of its additions.
+Rank r of n takes the batches r, r + n, r + 2n ...; a round is one batch of each. Within a node the sums of a site are
+kept by one rank, its owner, which is handed the products of all others batch by batch; the sums of several nodes are
+added on the first one when they are stored. Sums are float64, so the result is that of one process up to the order of
+its additions. Everything goes over gloo groups of the project's own, so the job's own backend does not matter.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PrepError
-from ..store import SiteData
 from .numerics.accumulators import Collect, alone
 
 T = TypeVar("T")
@@ -32,13 +31,14 @@ _PATIENCE = timedelta(hours=2)  # a rank may wait this long for another one that
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among its `size` peers. node: the group of its node's ranks; peers: one rank of every node."""
+class World:
+    """This process among its `size` peers. Groups: all ranks; those of this node; one rank of every node."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    everyone: Any = None
     node: Any = None
     peers: Any = None
 
@@ -52,25 +52,31 @@ class Ranks:
         """Whether this rank is on the first node, which writes the store."""
         return self.rank < self.local_size
 
-    @property
-    def device(self) -> str:
-        """The device that a model of this rank belongs on: a GPU of its own where there are any."""
+    def device(self, asked: str | None) -> str:
+        """The device of this rank's model: the one asked for, by default a GPU of its own where there are any."""
+        if asked is not None and (asked != "cuda" or self.local_size == 1):
+            return asked
         if not torch.cuda.is_available():
             return "cpu"
         return "cuda" if self.local_size == 1 else f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
-    def first(self, action: Callable[[], T]) -> T:
-        """The result of `action` on rank 0, on every rank. A PrepError there is raised everywhere and told once."""
-        with self.together():
-            result = [action() if self.rank == 0 else None]
+    def on_rank_zero(self, action: Callable[..., T], *args: Any) -> T:
+        """`action(*args)` on rank 0, its result on every rank. A PrepError there is raised everywhere."""
+        with self.agreed():
+            result = [action(*args) if self.rank == 0 else None]
         if self.size > 1:
             with _in_contact():
-                dist.broadcast_object_list(result, src=0)
+                dist.broadcast_object_list(result, src=0, group=self.everyone)
         return result[0]  # type: ignore[return-value]
 
+    def on_all(self, action: Callable[..., T], *args: Any) -> T:
+        """`action(*args)` on every rank; a PrepError on one of them is raised on all."""
+        with self.agreed():
+            return action(*args)
+
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """A PrepError inside ends all ranks; the first rank that has one tells it, the others are `silent`."""
+    def agreed(self) -> Iterator[None]:
+        """A PrepError inside ends all ranks; the first rank that has one prints it, the others are `silent`."""
         if self.size == 1:
             yield
             return
@@ -79,45 +85,45 @@ class Ranks:
             yield
         except PrepError as error:
             own = error
-        errors = self.gather(None if own is None else str(own))
+        errors = self.all_gather(None if own is None else str(own))
         failed = [rank for rank, error in enumerate(errors) if error is not None]
         if failed:
             told = own or PrepError(str(errors[failed[0]]))
             told.silent = self.rank != failed[0]
             raise told
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         with _in_contact():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.everyone)
         return values
 
-    def added(self, counts: Mapping[str, int]) -> dict[str, int]:
+    def sum(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Numbers by name, added over all ranks."""
         total: dict[str, int] = {}
-        for part in self.gather(dict(counts)):
+        for part in self.all_gather(dict(counts)):
             for name, count in part.items():
                 total[name] = total.get(name, 0) + count
         return total
 
-    def most(self, *values: int) -> list[int]:
+    def max(self, *values: int) -> list[int]:
         """The largest of every number over all ranks."""
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values)
         with _in_contact():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.everyone)
         return numbers.tolist()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank is here."""
-        self.gather(None)
+        self.all_gather(None)
 
     def collector(self, owner: int) -> Collect:
-        """A function that hands a tensor of every rank of the node to the local rank `owner`, in their order.
+        """A function that hands a tensor of every rank of the node to the local rank `owner`, in their order, on CPU.
 
         It is called by all of them at the same point, and gives the other ranks nothing.
         """
@@ -125,7 +131,7 @@ class Ranks:
             return alone
 
         def collect(x: Tensor) -> list[Tensor]:
-            mine = self.local_rank == owner
+            x, mine = x.cpu(), self.local_rank == owner
             parts = [torch.empty_like(x) for _ in range(self.local_size)] if mine else None
             with _in_contact():
                 dist.gather(x, parts, group=self.node, group_dst=owner)
@@ -142,70 +148,41 @@ class Ranks:
         if 0 < (number + 1) % self.size <= self.rank:
             yield None
 
-    def brought_together(self, own: Iterable[T]) -> Iterator[T]:
-        """What the iterables of all ranks give, on rank 0 as it comes; the others hand theirs over and give nothing."""
+    def reduce(self, x: Tensor) -> Tensor:
+        """x added over the nodes, right on the first one; each rank must be the owner of the same sums."""
+        if self.nodes == 1:
+            return x
+        x = x.clone()
+        with _in_contact():
+            dist.reduce(x, group=self.peers, group_dst=0)
+        return x
+
+    def gather_iter(self, own: Iterable[T]) -> Iterator[T]:
+        """Yield all ranks' items on rank 0 as they arrive; on the others send the own ones there and yield nothing."""
         if self.rank > 0:
-            for item in itertools.chain(own, [None]):
+            for item in chain(own, [None]):
                 with _in_contact():
-                    dist.send_object_list([item], dst=0, device=torch.device("cpu"))
+                    dist.send_object_list([item], dst=0, group=self.everyone, device=torch.device("cpu"))
             return
         inbox: SimpleQueue = SimpleQueue()
-
-        def receive(source: int) -> None:
-            box: list[Any] = [()]
-            while box[0] is not None:
-                try:
-                    with _in_contact():
-                        dist.recv_object_list(box, src=source, device=torch.device("cpu"))
-                except PrepError as error:
-                    box[0] = None
-                    inbox.put(error)
-                inbox.put(box[0])
-
         for source in range(1, self.size):
-            threading.Thread(target=receive, args=(source,), daemon=True).start()
-        open_ = self.size - 1
-
-        def arrived(wait: bool) -> Iterator[T]:
-            nonlocal open_
-            while open_ and (wait or not inbox.empty()):
-                item = inbox.get()
-                if isinstance(item, PrepError):
-                    raise item
-                if item is None:
-                    open_ -= 1
-                else:
-                    yield item
-
+            threading.Thread(target=_receive, args=(source, self.everyone, inbox), daemon=True).start()
+        sending = self.size - 1
         for item in own:
             yield item
-            yield from arrived(wait=False)
-        yield from arrived(wait=True)
-
-    def over_nodes(self, sums: SiteData, count: int) -> SiteData:
-        """Sums of one site added over the nodes, right on the first one, where `count` tokens are in them."""
-        if self.nodes == 1:
-            return sums
-
-        def add(x: Tensor) -> Tensor:
-            x = x.clone()
-            with _in_contact():
-                dist.reduce(x, group=self.peers, group_dst=0)
-            return x
-
-        return replace(
-            sums,
-            count=count,
-            mean=add(sums.mean),
-            second_moment=[add(panel) for panel in sums.second_moment] if sums.second_moment else None,
-            diagonal=add(sums.diagonal) if sums.diagonal is not None else None,
-            outputs={name: [add(panel) for panel in sums.outputs[name]] for name in sorted(sums.outputs)}
-            if sums.outputs
-            else None,
-        )
+            while sending and not inbox.empty():
+                arrived = _checked(inbox.get())
+                sending -= arrived is None
+                if arrived is not None:
+                    yield arrived
+        while sending:
+            arrived = _checked(inbox.get())
+            sending -= arrived is None
+            if arrived is not None:
+                yield arrived
 
 
-ALONE = Ranks()
+ALONE = World()
 
 
 def dealt(sizes: Mapping[str, int], shares: int) -> dict[str, int]:
@@ -218,7 +195,7 @@ def dealt(sizes: Mapping[str, int], shares: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def joined(distributed: bool) -> Iterator[Ranks]:
+def joined(distributed: bool) -> Iterator[World]:
     """The ranks of this job, joined by the environment that torchrun sets, unless torch.distributed has begun already.
 
     PrepError where the environment is incomplete, or nodes have different numbers of processes.
@@ -232,10 +209,10 @@ def joined(distributed: bool) -> Iterator[Ranks]:
         if missing:
             raise PrepError(f"several processes need {', '.join(missing)} in the environment: start them with torchrun")
         with _in_contact():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-    found = _ranks()
-    yield found
-    found.wait()  # a rank that is gone while another still talks to it takes that one down
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+    world = _world()
+    yield world
+    world.barrier()  # a rank that is gone while another still talks to it takes that one down
     if not begun:
         dist.destroy_process_group()
 
@@ -245,18 +222,69 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def _ranks() -> Ranks:
+def check_devices(world: World, device: str | None, device_map: Any, seen: Sequence[Sequence[str]]) -> None:
+    """Refuse devices that the processes of a node would have to share; seen: `visible_devices` of every rank."""
+    if world.local_size == 1:
+        return
+    if device is not None and ":" in device:
+        raise PrepError(f"--device {device} would hold {world.local_size} processes: leave it out, each takes its own")
+    node = seen[world.rank - world.local_rank :][: world.local_size]
+    distinct = len({name for names in node for name in names})
+    if device_map is not None and distinct < sum(map(len, node)):
+        raise PrepError(
+            "--device-map spreads the model over every device that a process sees, and the processes of a node see "
+            "the same ones: start one per node, or give each its own CUDA_VISIBLE_DEVICES"
+        )
+    if device_map is None and world.device(device).startswith("cuda") and world.local_size > distinct:
+        raise PrepError(
+            f"{world.local_size} processes on a node with {distinct} GPUs: start one per GPU, "
+            f"torchrun --nproc-per-node {distinct}, or all with --device cpu"
+        )
+
+
+def visible_devices() -> list[str]:
+    """Names of the GPUs that this process sees; those of a machine without any are its one CPU."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return named.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _world() -> World:
+    everyone = _gloo(range(dist.get_world_size()))
     rank, size = dist.get_rank(), dist.get_world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    found = Ranks(rank, size, local_rank, local_size)
-    sizes = found.gather((local_rank, local_size))
+    found = World(rank, size, local_rank, local_size, everyone)
+    sizes = found.all_gather((local_rank, local_size))
     if any(given != (other % local_size, local_size) for other, given in enumerate(sizes)):
         raise PrepError("the nodes run different numbers of processes: start as many on each")
-    nodes = [range(a, a + local_size) for a in range(0, size, local_size)]
-    peers = [range(r, size, local_size) for r in range(local_size)]
-    with _in_contact():  # every rank takes part in making every group
-        groups = [dist.new_group(list(ranks)) for ranks in [*nodes, *peers]]
-    return replace(found, node=groups[rank // local_size], peers=groups[len(nodes) + local_rank])
+    nodes = [_gloo(range(a, a + local_size)) for a in range(0, size, local_size)]  # every rank makes every group
+    peers = [_gloo(range(r, size, local_size)) for r in range(local_size)]
+    return replace(found, node=nodes[rank // local_size], peers=peers[local_rank])
+
+
+def _gloo(ranks: Sequence[int]) -> Any:
+    with _in_contact():
+        return dist.new_group(list(ranks), timeout=_PATIENCE, backend="gloo")
+
+
+def _receive(source: int, group: Any, inbox: SimpleQueue) -> None:
+    """Put what a rank sends into the inbox, None when it has sent all, the PrepError where the contact is lost."""
+    box: list[Any] = [()]
+    while box[0] is not None:
+        try:
+            with _in_contact():
+                dist.recv_object_list(box, src=source, group=group, device=torch.device("cpu"))
+        except PrepError as error:
+            inbox.put(error)
+            return
+        inbox.put(box[0])
+
+
+def _checked(item: Any) -> Any:
+    if isinstance(item, PrepError):
+        raise item
+    return item
 
 
 @contextlib.contextmanager

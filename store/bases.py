@@ -47,6 +47,10 @@ class Bases(Mapping[str, BasisSet]):
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"basis {name!r} is missing or damaged: run its `prep decompose` again") from error
 
+    def pending(self, name: str) -> BasisSet | None:
+        """stub"""
+        return None
+
     def __contains__(self, name: object) -> bool:
         return name in self.names
 

@@ -17,13 +17,13 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
     import torch
 
     import prep
-    from prep.preprocess.calibration.recovery import Recovery
+    from prep.preprocess.calibration.job import Calibration
     from prep.store.bases import BasisWriter
 
     os.environ.update(environment)
     torch.set_num_threads(1)
     left = [die_after]
-    for kind, method in ((Recovery, "batch_done"), (BasisWriter, "put")):
+    for kind, method in ((Calibration, "_added"), (BasisWriter, "put")):
         whole = getattr(kind, method)
 
         def counted(self, *arguments, whole=whole, **named):

@@ -14,17 +14,17 @@ CONTEXT.set_forkserver_preload(
 
 def covariance(options: Mapping[str, Any], pause: float, said: str) -> None:
     """`prep covariance` with checkpoints as often as asked, a pause after every batch, and what it says in a file."""
-    from prep.preprocess.calibration import recovery
+    from prep.preprocess.calibration import job
 
-    recovery.CHECKPOINT_SHARE = 1.0
-    done = recovery.Recovery.batch_done
+    job.CHECKPOINT_SHARE = 1.0
+    done = job.Calibration._added
 
     def slow(self, *arguments):
         time.sleep(pause)
         done(self, *arguments)
         at_work(said)
 
-    recovery.Recovery.batch_done = slow  # type: ignore[method-assign]
+    job.Calibration._added = slow  # type: ignore[method-assign]
     _run("covariance", options, said)
 
 

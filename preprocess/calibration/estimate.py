@@ -7,19 +7,21 @@ site's write times the size of the store.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import zarr
-from torch import nn
 from zarr.storage import MemoryStore
 
 from ...store import write_site
 from ..corpus.source import Text
+from ..memory import peak_memory
+from ..model.forward import evaluating
+from ..model.network import Network, site_members
 from ..numerics.accumulators import site_elements
-from .hooks import Forward, accumulators, run_pass, site_members
-from .plan import Plan, peak_memory
+from ..options import CovarianceOptions
+from .part import Batch, Part
+from .plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -41,43 +43,21 @@ class Estimate:
     seconds: float
 
 
-def estimate(
-    layers: Mapping[str, nn.Module],
-    kinds: Mapping[str, str],
-    plan: Plan,
-    forward: Forward,
-    stream: Text,
-    moment_dtype: str,
-) -> Estimate:
+def estimate(options: CovarianceOptions, network: Network, source: Text) -> Estimate:
     """Run the first batch through every pass, twice, and extrapolate. Nothing is stored."""
+    plan = make_plan(network.sites, network.kinds, options.budget, options.moment_dtype)
+    batches = len(source.corpus.sequences) / source.batch_size
+    inputs = next(source.read())
     seconds = 0.0
-    batches = len(stream.corpus.sequences) / stream.batch_size
-    first = next(stream.read())
-    for part in plan.passes:
-        totals = accumulators(part, kinds)
-        for attempt in range(2):  # the first one also pays for fresh memory and for the libraries' start
-            begun = time.monotonic()
-            run_pass(layers, part, totals, forward, [first], whole=len(plan.passes) == 1, masks=stream.masks)
-            if attempt:
-                seconds += (time.monotonic() - begun) * batches
-        seen = [site for site in part if totals[site.name].count]  # one batch need not reach every expert
-        largest = max(seen or part, key=lambda site: site_elements(kinds[site.name], site.shapes))
-        begun = time.monotonic()
-        members = site_members(largest, layers)
-        write_site(
-            zarr.open_group(MemoryStore(), zarr_format=3),
-            largest.name,
-            totals[largest.name].finish(members),
-            moment_dtype,
-        )
-        written = site_elements(kinds[largest.name], largest.shapes)
-        stored = sum(site_elements(kinds[site.name], site.shapes) for site in part)
-        seconds += (time.monotonic() - begun) * stored / written
-    sites = [site for part in plan.passes for site in part]
+    with evaluating(network.module):
+        for sites in plan.passes:
+            part = Part(network, sites, whole=len(plan.passes) == 1)
+            seconds += _seconds_per_batch(part, Batch(0, inputs, source.masks(inputs))) * batches
+            seconds += _seconds_to_write(part, network, options.moment_dtype)
     return Estimate(
-        layers=sum(len(site.members) for site in sites),
-        sites=len(sites),
-        tokens=stream.total,
+        layers=sum(len(site.members) for site in network.sites),
+        sites=len(network.sites),
+        tokens=source.total,
         passes=len(plan.passes),
         accumulators=plan.memory,
         memory=peak_memory(),
@@ -85,6 +65,26 @@ def estimate(
         checkpoint=plan.checkpoint,
         seconds=seconds,
     )
+
+
+def _seconds_per_batch(part: Part, batch: Batch) -> float:
+    """Of the second one: the first one also pays for fresh memory and for the libraries' start."""
+    with part.hooked():
+        part.add(batch)
+        begun = time.monotonic()
+        part.add(batch)
+        return time.monotonic() - begun
+
+
+def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
+    """Of all moments of the part, from those of the largest site that the batch has reached."""
+    sizes = {site.name: site_elements(network.kinds[site.name], site.shapes) for site in part.sites}
+    seen = [site for site in part.sites if part.sums[site.name].count]  # one batch need not reach every expert
+    largest = max(seen or part.sites, key=lambda site: sizes[site.name])
+    begun = time.monotonic()
+    moments = part.sums[largest.name].finish(site_members(largest, network.layers))
+    write_site(zarr.open_group(MemoryStore(), zarr_format=3), largest.name, moments, dtype)
+    return (time.monotonic() - begun) * sum(sizes.values()) / sizes[largest.name]
 
 
 def lines(found: Estimate) -> list[str]:

@@ -6,7 +6,7 @@ Both give numbered batches, the masks of a batch, a forward that takes it, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any
 
@@ -15,12 +15,26 @@ import xxhash
 from torch import Tensor, nn
 
 from ...errors import PrepError
-from ..calibration.hooks import Batch, Forward, forward_of, text_masks
 from ..model.experts import watched
+from ..model.forward import Forward, Inputs, text_forward
+from ..model.loading import absolute_if_local, load_config, load_tokenizer
 from ..model.placement import input_device
 from ..model.sites import DECODER_MASK, MASK
-from .text import Corpus
+from ..options import CovarianceOptions
+from .text import Corpus, CorpusOptions, load_corpus
 
+CORPUS_FIELDS = (
+    "subset",
+    "split",
+    "text_column",
+    "template",
+    "chat_column",
+    "num_sequences",
+    "seq_len",
+    "pack",
+    "seed",
+)
+_SHARED = [field.name for field in fields(CorpusOptions) if field.name != "source"]
 PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found
 Mask = Callable[[Any], Tensor | None]
 
@@ -30,27 +44,29 @@ class Text:
 
     unit = "tokens"
     once = False
+    resumable = True
 
     def __init__(self, corpus: Corpus, batch_size: int):
         self.corpus, self.batch_size = corpus, batch_size
+        self.options = {"batch_size": batch_size}
         self.total = corpus.tokens
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         """Runs the part of the model that holds `layers`."""
-        return forward_of(model, layers)
+        return text_forward(model, layers)
 
-    def example(self) -> Batch:
+    def example(self) -> Inputs:
         """The beginning of the first sequence."""
         return {name: value[:, :PROBE_TOKENS] for name, value in next(self.corpus.batches(1)).items()}
 
-    def read(self, first: int = 0) -> Iterator[Batch]:
+    def read(self, first: int = 0) -> Iterator[Inputs]:
         """Batches from number `first` on."""
         return self.corpus.batches(self.batch_size, first * self.batch_size)
 
-    def masks(self, batch: Batch) -> Mapping[str, Tensor]:
-        """The masks of a batch by name."""
-        return text_masks(batch)
+    def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
+        """The masks of a batch by name, which an encoder-decoder reads on both sides; none without padding."""
+        return dict.fromkeys((MASK, DECODER_MASK), batch[MASK]) if MASK in batch else {}
 
     def end(self, number: int) -> int:
         """`number`, or the number of batches where there are fewer."""
@@ -69,9 +85,11 @@ class Batches:
     """
 
     unit = "batches"
+    resumable = False
 
     def __init__(self, batches: Iterable[Any], mask: Mask | None = None):
         self._mask = mask
+        self.options: dict[str, Any] = {}
         iterator = iter(batches)
         self.once = iterator is batches
         self._first: Any = next(iterator, None)
@@ -89,18 +107,18 @@ class Batches:
         def here(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        def forward(batch: Batch) -> object:
+        def forward(batch: Inputs) -> object:
             if isinstance(batch, Mapping):
                 return model(**{name: here(value) for name, value in batch.items()})
             return model(*map(here, batch)) if isinstance(batch, (tuple, list)) else model(here(batch))
 
         return watched(forward, layers)
 
-    def example(self) -> Batch:
+    def example(self) -> Inputs:
         """The first batch."""
         return self._first
 
-    def read(self, first: int = 0) -> Iterator[Batch]:
+    def read(self, first: int = 0) -> Iterator[Inputs]:
         """The batches, which are counted and hashed as they come."""
         digest, count = xxhash.xxh3_128(), 0
         for batch in self._batches:
@@ -109,7 +127,7 @@ class Batches:
             yield batch
         self.about |= {"batches": count, "hash": digest.hexdigest()}
 
-    def masks(self, batch: Batch) -> Mapping[str, Tensor]:
+    def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
         """The masks of a batch by name."""
         given = batch if isinstance(batch, Mapping) else {}
         found = {name: given[name] for name in (MASK, DECODER_MASK) if given.get(name) is not None}
@@ -130,6 +148,23 @@ class Batches:
     def size(self, first: int, last: int) -> int:
         """The number of batches: their tokens are not known before they are read."""
         return last - first
+
+
+Source = Text | Batches
+
+
+def open_source(options: CovarianceOptions) -> Source:
+    """What the options name: text, read and tokenised, or batches. PrepError for whatever is wrong with it."""
+    if options.batches is not None:
+        return Batches(options.batches, options.mask)
+    name = absolute_if_local(str(options.model))
+    load_config(name, options.revision, options.trust_remote_code)  # where there is no model, that is what is wrong
+    tokenizer = load_tokenizer(name, options.revision, options.trust_remote_code)
+    corpus = CorpusOptions(
+        source=absolute_if_local(str(options.data)),
+        **{name: getattr(options, name) for name in _SHARED},
+    )
+    return Text(load_corpus(corpus, tokenizer), options.batch_size)
 
 
 def _hash(digest: Any, value: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store import LayerMoment, Moments
-from ..calibration.plan import free_memory
+from ..memory import free_memory
 from ..numerics.methods import Method
 from ..numerics.whitening import Moment, WhitenedSVD, whitened_svd
 

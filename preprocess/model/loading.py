@@ -69,11 +69,7 @@ def load_model(
 
     devices, memory = placement(device, device_map, max_memory)
     config = load_config(model, revision, trust_remote_code)
-    try:
-        on_cpu = torch.device(device or "cpu").type == "cpu" if devices is None else computes_on_cpu(devices, memory)
-    except RuntimeError as error:
-        raise PrepError(f"--device {device!r} does not exist: write it like cpu, cuda or cuda:1") from error
-    torch_dtype = DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
+    torch_dtype = DTYPES.get(dtype, torch.float32 if _on_cpu(device or "cpu", devices, memory) else "auto")
     names = getattr(config, "architectures", None) or []
     auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
     if isinstance(devices, dict):
@@ -110,6 +106,47 @@ def load_model(
         except (RuntimeError, AssertionError) as error:
             raise PrepError(f"--device {device} cannot be used: {_first_line(error)}") from error
     return loaded.eval()
+
+
+def resolved_dtype(
+    dtype: str,
+    config: Any,
+    device: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
+) -> str:
+    """The dtype that `load_model` gives a model, by name; "auto" where only the checkpoint's tensors tell."""
+    if dtype != "auto":
+        return dtype
+    if _on_cpu(device or default_device(), *placement(device, device_map, max_memory)):
+        return "float32"
+    known = getattr(config, "dtype", None)
+    return dtype_name(known) if isinstance(known, torch.dtype) else str(known or "auto")
+
+
+def default_device() -> str:
+    """Where a model goes that no option places."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _on_cpu(device: str, devices: Any, memory: Any) -> bool:
+    """Whether a model computes on the CPU, on `device` or as a device map says."""
+    try:
+        return torch.device(device).type == "cpu" if devices is None else computes_on_cpu(devices, memory)
+    except RuntimeError as error:
+        raise PrepError(f"--device {device!r} does not exist: write it like cpu, cuda or cuda:1") from error
+
+
+def checkpoint_stamp(model: str, config: Any) -> str | None:
+    """What tells a checkpoint from another one without reading it: a hub commit, or its files' names, sizes and times.
+
+    None where neither is known.
+    """
+    if os.path.isdir(model):
+        files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.safetensors.index.json")]
+        stats = [(file.name, file.stat()) for file in sorted(files)]
+        return content_hash(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in stats)
+    return getattr(config, "_commit_hash", None)
 
 
 def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import PrepError
 from ...linear import offload_hook
-from ..calibration.plan import parse_size
+from ...units import parse_size
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 

@@ -48,8 +48,8 @@ class GramSum:
         return [total.div_(count) for total in self.panels]
 
 
-class SiteMoments:
-    """Accumulates the moments of one site.
+class SiteSums:
+    """Accumulates the sums of one site.
 
     kind "full": C; "diagonal": E[x_i^2]; "output": E[y y^T] of each layer and E[x_i^2]. The mean always.
     collect, kept: as in GramSum, where several processes share a pass.
@@ -101,7 +101,7 @@ class SiteMoments:
         for layer, total in self.outputs.items():
             self.add_output(layer, torch.zeros(0, total.ranges[-1][1], dtype=dtype))
 
-    def sums(self) -> SiteData:
+    def data(self) -> SiteData:
         """The state of the sums, which `restore` takes back; it shares their memory."""
         return SiteData(
             kind=self.kind,

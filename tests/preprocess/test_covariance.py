@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 import prep
 from prep import PrepError
-from prep.preprocess.calibration.hooks import calibrate
+from prep.preprocess.calibration.part import Batch, Part
 from prep.preprocess.corpus.text import CorpusOptions, load_corpus
-from prep.preprocess.model.sites import find_sites, target_layers
+from prep.preprocess.model.network import Network, site_members
+from prep.preprocess.model.sites import MASK, find_sites, target_layers
 
 BATCHES = 52
 RUN = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2, "quiet": True}
@@ -271,7 +272,15 @@ def strange():
 def run(strange, kind="full", batches=None):
     kinds = {site.name: kind for site in strange.sites}
     batches = [{"input_ids": strange.x}] if batches is None else batches
-    return calibrate(strange.layers, strange.sites, kinds, lambda batch: strange.model(batch["input_ids"]), batches)
+    network = Network(
+        strange.model, strange.layers, tuple(strange.sites), kinds, lambda batch: strange.model(batch["input_ids"]), {}
+    )
+    part = Part(network, strange.sites)
+    with part.hooked():
+        for number, batch in enumerate(batches):
+            masks = {MASK: batch[MASK]} if MASK in batch else {}
+            part.add(Batch(number, batch, masks))
+    return {site.name: part.sums[site.name].finish(site_members(site, strange.layers)) for site in strange.sites}
 
 
 def test_sites_are_told_apart_by_tensor_and_version(strange):
@@ -345,7 +354,7 @@ def test_equal_runs_give_equal_stores_but_for_the_run(data, tmp_path):
     assert first == second
     assert len(first) > 100
     for head in heads:
-        assert set(head["attributes"].pop("run")) == {"host", "started", "seconds"}
+        assert set(head["attributes"].pop("run")) == {"host", "started", "seconds", "files"}
     assert heads[0] == heads[1]
 
 

@@ -9,8 +9,10 @@ from click.testing import CliRunner
 import prep
 from prep import PrepError
 from prep.cli import main
-from prep.preprocess.calibration.plan import make_plan, parse_seconds, parse_size
+from prep.preprocess.calibration.part import Part
+from prep.preprocess.calibration.plan import make_plan
 from prep.preprocess.model.sites import Site
+from prep.units import parse_seconds, parse_size
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +32,14 @@ def size(path: Path) -> int:
 
 def test_passes_give_the_single_pass_bitwise(job, tmp_path, monkeypatch):
     home, options = job
-    from prep.preprocess import covariance as stage
-
     deepest = []
-    run = stage.run_pass
+    hooked = Part.hooked
 
-    def counted(layers, sites, *rest, **kwargs):
-        deepest.append([site.name for site in sites])
-        return run(layers, sites, *rest, **kwargs)
+    def counted(part):
+        deepest.append([site.name for site in part.sites])
+        return hooked(part)
 
-    monkeypatch.setattr(stage, "run_pass", counted)
+    monkeypatch.setattr(Part, "hooked", counted)
     prep.covariance(store=tmp_path / "cut.zarr", memory_budget=3_500_000, **options)
     assert len(deepest) > 1
     assert sorted(name for part in deepest for name in part) == sorted(

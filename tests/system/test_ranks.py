@@ -16,8 +16,8 @@ import tiny
 import torch
 
 import prep
-from prep.preprocess.calibration.hooks import accumulators
-from prep.preprocess.distributed import Ranks
+from prep.preprocess.calibration.part import site_sums
+from prep.preprocess.distributed import World
 from prep.preprocess.model.sites import Site
 from prep.preprocess.verify import verify
 from prep.store import open_store
@@ -103,7 +103,7 @@ def test_a_killed_rank_ends_the_job_and_another_number_resumes(made, tmp_path, v
     assert "lost contact with another rank" in survivor and "run the same command again" in survivor
     codes, said, _ = jobs.run("covariance", options, tmp_path, then)
     assert codes == [0] * then, said
-    assert "resumed in pass 1 after" in said[0] and not any(said[1:])
+    assert "resumed after" in said[0] and not any(said[1:])
     same(tmp_path / "many", tmp_path / "one")
 
 
@@ -133,8 +133,8 @@ def test_a_node_keeps_every_accumulator_once():
     def size(totals):
         return sum(panel.numel() for total in totals.values() for panel in total.second.panels)
 
-    alone = accumulators(sites, kinds)
-    shares = [accumulators(sites, kinds, Ranks(rank, 3, rank, 3)) for rank in range(3)]
+    alone = site_sums(sites, kinds)
+    shares = [site_sums(sites, kinds, World(rank, 3, rank, 3)) for rank in range(3)]
     assert sum(map(size, shares)) == size(alone)
     assert max(map(size, shares)) < 0.5 * size(alone)
     for site in sites:
@@ -142,11 +142,11 @@ def test_a_node_keeps_every_accumulator_once():
 
 
 def test_batches_are_dealt_in_turn():
-    dealt = [list(Ranks(rank, 3).share(range(7))) for rank in range(3)]
+    dealt = [list(World(rank, 3).share(range(7))) for rank in range(3)]
     assert dealt == [[0, 3, 6], [1, 4, None], [2, 5, None]]
-    assert list(Ranks().share(range(3))) == [0, 1, 2]
-    assert [list(Ranks(rank, 2).share([])) for rank in range(2)] == [[], []]
-    assert torch.tensor(Ranks().most(3, True)).tolist() == [3, 1]
+    assert list(World().share(range(3))) == [0, 1, 2]
+    assert [list(World(rank, 2).share([])) for rank in range(2)] == [[], []]
+    assert torch.tensor(World().max(3, True)).tolist() == [3, 1]
 
 
 # decompose
@@ -220,7 +220,7 @@ def test_killed_at_20_batches_and_resumed_by_another_number_each_time(made, tmp_
             "covariance", given, tmp_path, size, per_node, (draw.randrange(size), draw.randint(1, 3))
         )
         assert set(codes) <= {0, 2, -9} and seconds < 60, (codes, said)
-        resumed += "resumed in pass" in said[0]
+        resumed += "resumed after" in said[0]
         if codes == [0] * size:
             same(tmp_path / "many", tmp_path / "one")
             shutil.rmtree(tmp_path / "many")

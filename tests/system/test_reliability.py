@@ -53,14 +53,14 @@ def without_run(path):
 
 
 def state(path):
-    """(pass, batches) of the checkpoint, which must be readable; (0, 0) before the first, (99, 0) at the end."""
+    """(sites done, batches) of the checkpoint, which must be readable; (0, 0) before the first, (99, 0) at the end."""
     if not (path / "zarr.json").exists():
         return 0, 0
     found = open_store(path)
     if found.status == "complete":
         return 99, 0
     checkpoint = read_checkpoint(found.root)
-    return (checkpoint["part"], checkpoint["batches"]) if checkpoint else (0, 0)
+    return (len(checkpoint["done"]), checkpoint["batches"]) if checkpoint else (0, 0)
 
 
 def killed(made, folder, name, count):
@@ -93,9 +93,9 @@ def killed(made, folder, name, count):
 def covariance_survives(made, tmp_path, count):
     resumed = 0
     for before, said, _ in killed(made, tmp_path, "covariance", count):
-        found = re.search(r"resumed in pass (\d+) after (\d+) batches", said)
+        found = re.search(r"resumed after (\d+) batches, (\d+) of 8 sites", said)
         if found:  # it begins exactly at the state that was on disk: nothing of it is computed again
-            assert (int(found[1]) - 1, int(found[2])) == before
+            assert (int(found[2]), int(found[1])) == before
             resumed += 1
     assert resumed
 
@@ -166,20 +166,20 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
 
 def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
     """Whatever fails while the second state is written, the first one is there."""
-    from prep.preprocess.calibration.hooks import accumulators
+    from prep.preprocess.calibration.part import site_sums
     from prep.preprocess.model.sites import Site
     from prep.store.format import schema
 
     site = Site("a", ("a",), ((8, 16),))
-    totals = accumulators([site], {"a": "full"})
+    totals = site_sums([site], {"a": "full"})
     root = prep.store.create_store(tmp_path / "s", {"id": "", "model": {}, "status": "incomplete"}).root
     draw = torch.Generator().manual_seed(0)
     totals["a"].add_input(torch.randn(5, 16, generator=draw), 0)
 
     def write(batches):
         slot = begin_slot(root)
-        write_sums(root, slot, "a", totals["a"].sums())
-        use_slot(root, slot, ["a"], {"part": 0, "batches": batches})
+        write_sums(root, slot, "a", totals["a"].data())
+        use_slot(root, slot, ["a"], {"done": [], "batches": batches})
 
     def read():
         root = open_store(tmp_path / "s").root
@@ -187,7 +187,7 @@ def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
         return where, read_sums(root, where["slot"], "a")
 
     write(1)
-    before = [panel.clone() for panel in totals["a"].sums().second_moment]
+    before = [panel.clone() for panel in totals["a"].data().second_moment]
     totals["a"].add_input(torch.randn(5, 16, generator=draw), 1)
     for step in range(1, 6):
         calls = []

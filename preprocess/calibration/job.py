@@ -1,0 +1,274 @@
+"""One calibration from its first byte on disk to its last: lock, room, signals, progress, checkpoints, moments.
+
+The store is touched when there is something to keep: at the first checkpoint or when a pass is done. What is done, what
+is under way and what is left follows from the store alone, so a run may go on under another memory budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import Interrupted, PrepError
+from ...store import SiteData, Store, begin_moments, create_store, open_store, write_site
+from ...store.checkpoint import begin_slot, finish, read_checkpoint, read_sums, use_slot, write_sums
+from ...store.format.schema import disk_guard, put_attributes
+from ...store.lock import writer_lock
+from ...store.moments import skip_sites
+from ...store.staging import put_in_place, recover, resolved
+from ..corpus.source import Source
+from ..distributed import World
+from ..model.forward import evaluating
+from ..model.network import Network, site_members
+from ..options import CovarianceOptions
+from ..progress import Progress, say
+from .part import Batch, Part
+from .plan import Plan, make_plan
+from .run import Run, find, is_done
+from .signals import Signals
+
+CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
+_IDLE = "no token of the data was routed to it"
+
+
+class Calibration:
+    """The run of `options` on a network: `with` it, `parts` are to be filled with `batches` and written.
+
+    Of several processes each is given its own batches and keeps the sums of some sites. Entering takes the lock, looks
+    what is there and begins or resumes. PrepError where the store is being written, holds another run, or the disk has
+    no room; Interrupted after a signal, when the state is stored.
+    """
+
+    def __init__(self, options: CovarianceOptions, run: Run, network: Network, source: Source, world: World):
+        self._options, self._network, self._source, self._world = options, network, source, world
+        self._members = {site.name: site_members(site, network.layers) for site in network.sites}
+        self._run = run.loaded(network, self._members)
+        self._quiet = options.quiet or world.rank > 0
+        self._signals, self._tokens = Signals(), 0
+        self._root: Any = None
+
+    def __enter__(self) -> Calibration:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(disk_guard(self._options.store))
+            path, self._begun, self._complete, state = self._world.on_rank_zero(self._open, stack)
+            self._path = Path(path)
+            self._slot, self._stored = state["slot"], set(state["sites"])
+            self._done, self._batches = set(state["done"]), state["batches"]
+            plan = self._world.on_all(self._plan)
+            self._passes = plan.passes
+            stack.enter_context(disk_guard(self._path, plan.disk if self._world.writes else 0))
+            stack.enter_context(evaluating(self._network.module))
+            if self._source.resumable:
+                stack.enter_context(self._signals.noted())
+            if self._passes:
+                self._progress = stack.enter_context(self._bar())
+            self._started = time.monotonic()
+            self._due = self._started + self._every
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._held.__exit__(kind, error, trace)
+
+    def parts(self) -> Iterator[Part]:
+        """The passes that are left, the first one with the sums that an interrupted run has stored."""
+        for sites in self._passes:
+            whole = len(sites) == len(self._network.sites)
+            part = Part(self._network, sites, whole=whole, compat=self._options.compat, world=self._world)
+            self._restore(part)
+            yield part
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        """The batches of this process that `part` has not seen; when the next one is asked for, one has been added."""
+        numbers = itertools.count(self._batches + self._world.rank, self._world.size)
+        own = self._world.share(self._source.read(self._batches))
+        for number, inputs in zip(numbers, own, strict=False):
+            if inputs is None:  # the last round has none for this process
+                yield Batch(number, self._source.example(), None)
+            else:
+                yield Batch(number, inputs, self._source.masks(inputs))
+            self._added(number, part)
+
+    def write(self, part: Part) -> None:
+        """Write the moments of a finished pass, giving up its sums one by one.
+
+        Experts that no token was routed to are listed as skipped. PrepError where another site had no token.
+        """
+        counts = self._counts(part)
+        idle = {site.name for site in part.sites if not counts[site.name]}
+        lost = [site.name for site in part.sites if site.name in idle and not site.routed]
+        if lost:
+            raise PrepError(f"no token reached {lost[0]}: use more data or leave it out with --exclude")
+        root = self._begin()
+        self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), _IDLE))
+        for site in part.sites:
+            sums = part.sums.pop(site.name)
+            if site.name not in idle and sums.kept:
+                sums.restore(self._reduced(sums.data(), counts[site.name]))
+                if self._world.writes:
+                    data = sums.finish(self._members[site.name])
+                    write_site(root["moments"], site.name, data, self._options.moment_dtype)
+        self._world.barrier()
+        self._done |= {site.name for site in part.sites}
+        self._batches, self._tokens = 0, max(self._tokens, *counts.values())
+        if self._world.rank == 0:
+            self._use(begin_slot(root), ())
+
+    def store(self) -> Store | None:
+        """The finished store, in the place that was asked for, on the process that wrote it; None on the others."""
+        self._world.on_rank_zero(self._finish)
+        return open_store(self._options.store) if self._world.rank == 0 else None
+
+    # What is there
+
+    def _open(self, stack: contextlib.ExitStack) -> tuple[str, bool, bool, dict[str, Any]]:
+        """Take the lock and look: where the run is kept, whether it is there, whether it is done, where it stands."""
+        options, where = self._options, {"slot": 0, "sites": [], "done": [], "batches": 0}
+        stack.enter_context(writer_lock(options.store, options.break_lock))
+        recover(options.store)
+        path, found = find(options, self._run)
+        self._existing = found
+        if found is None:
+            return str(path), False, False, where
+        if is_done(found):
+            say(f"{options.store} is complete and was made with the same options: nothing to do", self._quiet)
+            return str(path), True, True, where
+        if found.status == "complete":  # bases only, which are kept
+            return str(path), False, False, where
+        known = read_checkpoint(found.root)
+        if known is None:
+            say(f"{options.store} is incomplete and holds no checkpoint: begun anew", self._quiet)
+            return str(path), False, False, where
+        sites = f"{len(known['done'])} of {len(self._network.sites)} sites are done"
+        say(f"{options.store} is incomplete: resumed after {known['batches']} batches, {sites}", self._quiet)
+        return str(path), True, False, {name: known[name] for name in where}
+
+    def _plan(self) -> Plan:
+        """The passes that are left."""
+        left = [] if self._complete else [site for site in self._network.sites if site.name not in self._done]
+        options = self._options
+        plan = make_plan(left, self._network.kinds, options.budget, options.moment_dtype, self._stored)
+        if len(plan.passes) > 1 and self._source.once:
+            raise PrepError(
+                f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
+                "give batches= as a list or a DataLoader, or raise memory_budget"
+            )
+        if not any(site.name in self._stored for site in (plan.passes or ((),))[0]):
+            self._batches = 0
+        return plan
+
+    def _bar(self) -> Progress:
+        source = self._source
+        total, ready = source.total * len(self._passes), source.size(0, self._batches)
+        return Progress("covariance", total, source.unit, self._quiet, ready)
+
+    def _restore(self, part: Part) -> None:
+        """Put the stored sums into those that this process keeps; they are of the first part only."""
+        if self._world.writes:
+            for name in self._stored & part.sums.keys():
+                if part.sums[name].kept:
+                    part.sums[name].restore(read_sums(self._begin(), self._slot, name))
+        self._stored = set()
+
+    # What is kept
+
+    @property
+    def _every(self) -> float:
+        """Seconds between checkpoints; one's own batches cannot be resumed."""
+        return self._options.every if self._source.resumable else float("inf")
+
+    def _added(self, number: int, part: Part) -> None:
+        """Note progress; store the state if it is due, or before raising Interrupted if a signal came."""
+        begin = number - self._world.rank
+        self._batches = self._source.end(begin + self._world.size)
+        self._progress.advance(self._source.size(begin, self._batches))
+        due = self._world.rank == 0 and time.monotonic() >= self._due
+        signal, store = self._world.max(self._signals.number, due)
+        if not signal and not store:
+            return
+        begun = time.monotonic()
+        self._checkpoint(part)
+        cost = time.monotonic() - begun
+        self._due = time.monotonic() + max(self._every, cost / CHECKPOINT_SHARE)
+        if signal:
+            done = f"stopped after {self._batches} batches, which are stored: the same command resumes"
+            raise Interrupted(done, signal, silent=self._world.rank > 0)
+
+    def _checkpoint(self, part: Part) -> None:
+        """Store the sums under way, each by the process that keeps it."""
+        root, counts = self._begin(), self._counts(part)
+        slot = self._world.on_rank_zero(begin_slot, root)
+        for name, sums in part.sums.items():
+            if sums.kept:
+                data = self._reduced(sums.data(), counts[name])
+                if self._world.writes:
+                    write_sums(root, slot, name, data)
+        self._world.barrier()
+        if self._world.rank == 0:
+            self._use(slot, part.sums)
+
+    def _use(self, slot: int, sites: Any) -> None:
+        order = [site.name for site in self._network.sites if site.name in self._done]
+        use_slot(self._root, slot, sites, {"done": order, "batches": self._batches})
+
+    def _counts(self, part: Part) -> dict[str, int]:
+        """Tokens of every site, of all processes."""
+        return self._world.sum({name: sums.count for name, sums in part.sums.items() if sums.kept})
+
+    def _reduced(self, sums: SiteData, count: int) -> SiteData:
+        """Sums of one site added over the nodes, right on the first one, where `count` tokens are in them."""
+        if self._world.nodes == 1:
+            return sums
+
+        def panels(parts: list[Tensor]) -> list[Tensor]:
+            return [self._world.reduce(panel) for panel in parts]
+
+        return replace(
+            sums,
+            count=count,
+            mean=self._world.reduce(sums.mean),
+            second_moment=panels(sums.second_moment) if sums.second_moment else None,
+            diagonal=self._world.reduce(sums.diagonal) if sums.diagonal is not None else None,
+            outputs={name: panels(sums.outputs[name]) for name in sorted(sums.outputs)} if sums.outputs else None,
+        )
+
+    def _begin(self) -> Any:
+        """The store's root for writing, made now if it was not there; None on a node that does not write."""
+        if not self._begun:
+            self._world.on_rank_zero(self._create)
+            self._begun = True
+        if self._root is None and self._world.writes:
+            self._root = open_store(self._path, "r+").root
+        return self._root
+
+    def _create(self) -> None:
+        attrs = self._run.attributes()
+        if self._existing is None:
+            root = create_store(self._path, attrs).root
+        else:  # incomplete without a checkpoint, or with bases only, which are kept
+            root = open_store(self._path, "r+").root
+            put_attributes(root, {**root.attrs, **attrs})
+        sites = {site.name: list(site.members) for site in self._network.sites}
+        begin_moments(root, sites, self._network.skipped)
+
+    def _finish(self) -> None:
+        """Mark the store complete, with attributes known only now, and put it where it was asked for."""
+        if not self._complete:
+            missing = [site.name for site in self._network.sites if site.name not in self._done]
+            if missing:
+                raise PrepError(f"{missing[0]} has no moments yet: every part that `parts` gives must be written")
+            corpus = {"tokens": self._tokens, **self._source.about}
+            run = {**self._run.attributes()["run"], "seconds": round(time.monotonic() - self._started, 3)}
+            finish(self._begin(), {"status": "complete", "corpus": corpus, "id": self._run.id(corpus), "run": run})
+        if self._path != Path(resolved(self._options.store)):
+            put_in_place(self._path, self._options.store)

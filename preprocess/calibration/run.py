@@ -1,0 +1,169 @@
+"""Which calibration a store holds: what determines its result, and whether a store that is there is of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...errors import PrepError
+from ...store import Store, open_store
+from ...store.format.schema import content_hash
+from ...store.staging import beside, resolved
+from ..corpus.source import Source
+from ..model import loading
+from ..model.network import Network
+from ..options import CovarianceOptions
+
+_ARCHITECTURE = ("id", "revision", "config_hash")
+_WEIGHTS = "weights"  # entry of the model's description: a hash over those of all calibrated layers
+
+
+@dataclass(frozen=True)
+class Run:
+    """What determines a calibration: model, corpus and options, as the root attributes of its store keep them.
+
+    files: what the checkpoint's files look like from outside, by which a later run knows them again without reading.
+    The model is described in full when it is loaded, see `loaded`.
+    """
+
+    model: dict[str, Any]
+    corpus: dict[str, Any]
+    options: dict[str, Any]
+    files: str | None
+    revision: str | None = None  # of the model, if one was asked for
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    @classmethod
+    def of(cls, options: CovarianceOptions, source: Source) -> Run:
+        """The run that the options ask for, with what is known before the model is loaded."""
+        chosen = {name: getattr(options, name) for name in ("layers", "moment", "moment_dtype", "compat")}
+        chosen |= {"targets": list(options.targets), "exclude": list(options.exclude)}
+        files = None
+        if isinstance(options.model, str):
+            name = loading.absolute_if_local(options.model)
+            config = loading.load_config(name, options.revision, options.trust_remote_code)
+            known = {"id": name, "revision": options.revision, "config_hash": loading.config_hash(config)}
+            chosen["dtype"] = loading.resolved_dtype(
+                options.dtype, config, options.device, options.device_map, options.max_memory
+            )
+            files = loading.checkpoint_stamp(name, config)
+        else:
+            known = {"id": None, "revision": None, "config_hash": loading.model_hash(options.model)}
+            chosen["dtype"] = options.dtype
+        return cls(known, source.about, chosen | source.options, files, options.revision)
+
+    def loaded(self, network: Network, members: dict[str, dict[str, dict[str, Any]]]) -> Run:
+        """The run with the loaded model's class, dtype, revision and a hash of its weights.
+
+        members: site -> layer -> what a store says of it.
+        """
+        described = loading.describe(network.module, self.model["id"], self.model["revision"])
+        hashes = {layer: one["weight_hash"] for site in members.values() for layer, one in site.items()}
+        weights = content_hash(f"{layer} {hashes[layer]}\n" for layer in sorted(hashes))
+        return replace(self, model={**described, _WEIGHTS: weights})
+
+    def attributes(self) -> dict[str, Any]:
+        """The root attributes of a store that this run begins."""
+        return {
+            "model": self.model,
+            "corpus": self.corpus,
+            "options": self.options,
+            "prep_version": __version__,
+            "id": self.id(self.corpus),
+            "status": "incomplete",
+            "run": {"host": platform.node(), "started": self.started, "files": self.files},
+        }
+
+    def id(self, corpus: dict[str, Any]) -> str:
+        """Hash of what determines the moments; corpus: as it is known at the end."""
+        model = {**{name: self.model[name] for name in _ARCHITECTURE}, "revision": self.revision}
+        return content_hash([json.dumps({"model": model, "corpus": corpus, "options": self.options}, sort_keys=True)])
+
+    def differences(self, store: Store) -> list[str]:
+        """What a store says of its run that is not so of this one; of a store of bases only, of its model."""
+        wanted = {"model": {**self.model, "revision": self.revision}, "corpus": self.corpus, "options": self.options}
+        if store.corpus is None:
+            wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
+        found = []
+        for section, values in wanted.items():
+            for key, value in values.items():
+                known = store.attrs[section].get(key)
+                unknown = (key == "revision" and value is None) or (key == _WEIGHTS and known is None)
+                if known != value and not unknown:
+                    found.append(f"{section} {key}: {known!r} there, {value!r} asked for")
+        return found
+
+
+def finished(options: CovarianceOptions, run: Run) -> Store | None:
+    """The store that is there, if it is complete and of this run and of the very files of the model; no lock is taken.
+
+    PrepError where it is of another run, unless it is to be overwritten.
+    """
+    _, store = find(options, run)
+    if store is None or options.overwrite or not is_done(store):
+        return None
+    same_files = run.files is not None and (store.attrs.get("run") or {}).get("files") == run.files
+    return store if same_files else None
+
+
+def find(options: CovarianceOptions, run: Run) -> tuple[Path, Store | None]:
+    """Where this run is kept, and the store that is there: of this run, or of bases that it adds moments to.
+
+    What is to be overwritten stays until the new store is complete, which is built beside it; an unfinished store of
+    this run is not overwritten but resumed. PrepError where another run is in the way.
+    """
+    place = Path(resolved(options.store))
+    found = _store_at(place)
+    if found is None:
+        return place, None
+    differences = run.differences(found)
+    own_batches = found.corpus is not None and run.corpus["source"] == "batches"
+    if not options.overwrite:
+        if differences or own_batches:
+            raise PrepError(_refusal(options, differences, own_batches))
+        return place, found
+    if _is_resumable(found, run):
+        return place, found
+    place = beside(place)
+    found = _store_at(place)
+    mine = found is not None and (_is_resumable(found, run) or (is_done(found) and not run.differences(found)))
+    return place, found if mine else None
+
+
+def _is_resumable(store: Store, run: Run) -> bool:
+    """Whether a store is an unfinished one of this run."""
+    text = run.corpus["source"] != "batches"
+    return text and store.status != "complete" and store.corpus is not None and not run.differences(store)
+
+
+def is_done(store: Store) -> bool:
+    """Whether a store of this run needs nothing more."""
+    return store.status == "complete" and store.corpus is not None
+
+
+def _store_at(path: Path) -> Store | None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    return open_store(path)
+
+
+def _refusal(options: CovarianceOptions, differences: list[str], own_batches: bool) -> str:
+    if own_batches:
+        return (
+            f"{options.store} holds moments, and batches cannot be compared with theirs: "
+            "name another store, or replace it with overwrite=True"
+        )
+    if all(one.startswith(f"model {_WEIGHTS}") for one in differences):
+        return (
+            f"{options.store} was made from other weights than {options.model} has now: "
+            "name another --store, or replace it with --overwrite"
+        )
+    return (
+        f"{options.store} holds a run with other options ({'; '.join(differences)}): "
+        "name another --store, or replace it with --overwrite"
+    )

@@ -1,0 +1,35 @@
+"""What this machine and this process tell of their memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Bytes of memory that processes can still be given; half of all where the system does not tell."""
+    told = _kilobytes("/proc/meminfo", "MemAvailable")
+    return 1024 * told if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    told = _kilobytes("/proc/self/status", "VmHWM")  # ru_maxrss also counts the process that started this one
+    if told:
+        return 1024 * told
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _kilobytes(path: str, name: str) -> int | None:
+    try:
+        told = re.search(rf"{name}:\s*(\d+) kB", Path(path).read_text())
+    except OSError:
+        return None
+    return int(told[1]) if told else None

@@ -1,0 +1,73 @@
+"""A model ready to be calibrated: its target layers, the sites that they form, and how a batch runs through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...errors import PrepError
+from ...linear import dtype_name, weight_hash, weight_matrix
+from ..corpus.source import Source, Text
+from ..corpus.text import Corpus
+from ..numerics.accumulators import moment_kind
+from ..options import CovarianceOptions
+from .forward import Forward, counts_own_positions, evaluating
+from .sites import Site, encoder_of, find_sites, other_weights, target_layers
+
+
+@dataclass(frozen=True)
+class Network:
+    """layers: name -> module of every target; sites in call order; kinds: site name -> moment kind.
+
+    forward runs a batch; skipped: layer name -> why it has no moments.
+    """
+
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    sites: tuple[Site, ...]
+    kinds: dict[str, str]
+    forward: Forward
+    skipped: dict[str, str]
+
+
+def observe(module: nn.Module, source: Source, options: CovarianceOptions) -> Network:
+    """The layers that the options choose, and their sites as one short forward pass shows them.
+
+    PrepError where nothing is left to calibrate, or the text does not fit the model.
+    """
+    if isinstance(source, Text):
+        check_fits(module, source.corpus)
+    layers = target_layers(module, options.targets, options.exclude, options.layers)
+    forward = source.forward(module, layers)
+    with evaluating(module):
+        sites, skipped = find_sites(layers, lambda: forward(source.example()), encoder_of(module))
+    if not sites:
+        raise PrepError("no layer is reached by the forward pass: choose others with --targets")
+    if not options.targets:
+        skipped |= other_weights(module, options.exclude, options.layers)
+    kinds = {site.name: moment_kind(options.moment, site.shapes) for site in sites}
+    return Network(module, layers, tuple(sites), kinds, forward, skipped)
+
+
+def site_members(site: Site, layers: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """What a store says of a site's layers: shape, and hash and dtype of the weight."""
+    members = {}
+    for member, shape in zip(site.members, site.shapes, strict=True):
+        W = weight_matrix(layers[member])
+        members[member] = {"shape": list(shape), "weight_hash": weight_hash(W), "weight_dtype": dtype_name(W.dtype)}
+    return members
+
+
+def check_fits(model: nn.Module, corpus: Corpus) -> None:
+    """Refuse sequences the model has no positions for, and tokens it has no embedding for."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    longest, limit = max(map(len, corpus.sequences)), getattr(config, "max_position_embeddings", None)
+    if limit and counts_own_positions(model):  # from the number after the padding token's on
+        limit -= config.pad_token_id + 1
+    if limit and longest > limit:
+        raise PrepError(f"sequences of {longest} tokens, the model takes {limit}: use --seq-len {limit} or less")
+    top, size = max(int(ids.max()) for ids in corpus.sequences), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    if top >= size:
+        raise PrepError(f"the tokenizer gives token {top}, the model embeds {size} tokens: they do not belong together")

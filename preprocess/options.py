@@ -1,0 +1,131 @@
+"""The options of `covariance` and `decompose`: names, types and defaults in one place, for Python and the command.
+
+Nothing heavy is imported, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PrepError
+from ..units import parse_seconds, parse_size
+from .numerics.methods import MOMENT_KINDS, one_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .corpus.source import Mask
+
+MOMENTS = (*MOMENT_KINDS, "auto")
+MOMENT_DTYPES = ("float64", "float32")
+MODEL_DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+BASIS_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+COMPATIBLE = ("peft-corda",)
+
+
+@dataclass(frozen=True)
+class CovarianceOptions:
+    """What `covariance` was asked for, checked as far as options alone can be. The fields are the verb's arguments."""
+
+    model: str | nn.Module
+    data: str | None = None
+    batches: Iterable[Any] | None = None
+    mask: Mask | None = None
+    store: str | Path = "prep.zarr"
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    text_column: str | None = None
+    template: str | None = None
+    chat_column: str | None = None
+    num_sequences: int = 256
+    seq_len: int = 512
+    batch_size: int = 8
+    pack: bool = True
+    seed: int = 0
+    targets: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    layers: str | None = None
+    moment: str = "full"
+    moment_dtype: str = "float64"
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | Mapping[str, int | str] | None = None
+    max_memory: str | Mapping[int | str, int | str] | None = None
+    compat: str | None = None
+    memory_budget: int | str = "8GB"
+    checkpoint_every: float | str = "60s"
+    overwrite: bool = False
+    break_lock: bool = False
+    trust_remote_code: bool = False
+    quiet: bool = False
+    dry_run: bool = False
+    distributed: bool = False
+    budget: int = field(init=False)  # memory_budget in bytes
+    every: float = field(init=False)  # checkpoint_every in seconds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", parse_size(self.memory_budget))
+        object.__setattr__(self, "every", parse_seconds(self.checkpoint_every))
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        one_of("--moment", self.moment, MOMENTS)
+        one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
+        one_of("--dtype", self.dtype, MODEL_DTYPES)
+        if self.compat is not None:
+            one_of("--compat", self.compat, COMPATIBLE)
+            if self.moment != "full" or not self.named:
+                raise PrepError("--compat peft-corda needs --moment full and a model by path or hub id")
+        self._check_inputs()
+
+    @property
+    def named(self) -> bool:
+        """Whether the model is a path or hub id, not a module."""
+        return isinstance(self.model, str)
+
+    def _check_inputs(self) -> None:
+        """Refuse combinations of model, data and batches that make no sense."""
+        if (self.data is None) == (self.batches is None):
+            raise PrepError("give either data=, or batches= for a model of your own")
+        if self.batches is None and self.mask is not None:
+            raise PrepError("mask= belongs to batches=: text is masked by its tokenizer")
+        if self.named:
+            return
+        if self.data is not None:
+            raise PrepError("data= needs the tokenizer of a path or hub id: name the model so, or give batches=")
+        loading = ("revision", "trust_remote_code", "device", "device_map", "max_memory")
+        given = [name for name in loading if getattr(self, name)] + ["dtype"] * (self.dtype != "auto")
+        if given:
+            raise PrepError(f"{given[0]}= is for loading a path or hub id: prepare the module itself")
+
+
+@dataclass(frozen=True)
+class DecomposeOptions:
+    """What `decompose` was asked for. The fields are the verb's arguments."""
+
+    store: str | Path = "prep.zarr"
+    for_: str | None = None
+    name: str | None = None
+    metric: str | None = None
+    power: float | None = None
+    damping: float | None = None
+    epsilon: float | None = None
+    center: bool | None = None
+    rank: int = 256
+    select: str | None = None
+    solver: str = "auto"
+    dtype: str = "float32"
+    model: str | nn.Module | None = None
+    revision: str | None = None
+    overwrite: bool = False
+    break_lock: bool = False
+    trust_remote_code: bool = False
+    quiet: bool = False
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
