@@ -54,11 +54,10 @@ class World:
 
     def device(self, asked: str | None) -> str:
         """The device of this rank's model: the one asked for, by default a GPU of its own where there are any."""
-        if asked is not None and (asked != "cuda" or self.local_size == 1):
+        asked = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+        if asked != "cuda" or self.local_size == 1:
             return asked
-        if not torch.cuda.is_available():
-            return "cpu"
-        return "cuda" if self.local_size == 1 else f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return f"cuda:{self.local_rank % max(1, torch.cuda.device_count())}"
 
     def on_rank_zero(self, action: Callable[..., T], *args: Any) -> T:
         """`action(*args)` on rank 0, its result on every rank. A PrepError there is raised everywhere."""

@@ -44,14 +44,35 @@ def decompose(options: Mapping[str, Any], pause: float, said: str) -> None:
     _run("decompose", options, said)
 
 
-def _run(name: str, options: Mapping[str, Any], said: str) -> None:
+def cut_short(options: Mapping[str, Any], threads: int, batches: int | None, said: str) -> None:
+    """`prep covariance` that SIGKILL ends after so many batches, on so many threads; what it says in a file."""
+    import os
+    import signal
+
+    from prep.preprocess.calibration import job
+
+    job.CHECKPOINT_SHARE = 1.0
+    left, added = [batches], job.Calibration._added
+
+    def counted(self, *arguments):
+        added(self, *arguments)
+        if left[0] is not None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    job.Calibration._added = counted  # type: ignore[method-assign]
+    _run("covariance", options, said, threads)
+
+
+def _run(name: str, options: Mapping[str, Any], said: str, threads: int = 1) -> None:
     import contextlib
 
     import torch
 
     import prep
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     with open(said, "a", buffering=1) as out, contextlib.redirect_stderr(out):
         try:
             getattr(prep, name)(**options)

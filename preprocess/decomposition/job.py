@@ -51,9 +51,9 @@ class Decomposition:
         with contextlib.ExitStack() as stack:
             size = stored_bytes(self._groups, options.dtype)
             stack.enter_context(disk_guard(options.store, size if self._world.rank == 0 else 0))
-            self._todo = self._world.on_rank_zero(self._begin, stack)
-            self._complete = self._todo is None
-            if self._todo is not None:
+            todo = self._world.on_rank_zero(self._begin, stack)
+            self._complete, self._todo = todo is None, todo or []
+            if not self._complete:
                 self._writer = BasisWriter.resume(open_store(options.store, "r+").root, name)
                 self._progress = stack.enter_context(
                     Progress(f"decompose {name}", len(self._todo), "layers", self._quiet)
@@ -73,7 +73,8 @@ class Decomposition:
 
     def layers(self) -> Iterator[LayerDone]:
         """The layers of all processes as they are done, on the first one."""
-        yield from self._world.gather_iter(self._own())
+        if not self._complete:
+            yield from self._world.gather_iter(self._own(self._todo))
 
     def note(self, done: LayerDone) -> None:
         """Count a layer as done."""
@@ -126,11 +127,10 @@ class Decomposition:
             return found.model.get("revision")
         return self._request.options.revision
 
-    def _own(self) -> Iterator[LayerDone]:
+    def _own(self, todo: list[str]) -> Iterator[LayerDone]:
         """The layers of this process, U and P stored."""
         request, moments = self._request, self._request.moments
-        assert self._todo is not None
-        mine = {layer: self._modules[layer] for layer in share_of(self._todo, moments, self._shapes, self._world)}
+        mine = {layer: self._modules[layer] for layer in share_of(todo, moments, self._shapes, self._world)}
         for layer, W, result in decomposed(moments, mine, request.method, self._world.local_size):
             group = self._groups[self._shapes[layer]]
             record = record_of(result, self._shapes[layer], group["layers"].index(layer), W)

@@ -68,6 +68,11 @@ def check_fits(model: nn.Module, corpus: Corpus) -> None:
         limit -= config.pad_token_id + 1
     if limit and longest > limit:
         raise PrepError(f"sequences of {longest} tokens, the model takes {limit}: use --seq-len {limit} or less")
-    top, size = max(int(ids.max()) for ids in corpus.sequences), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    if top >= size:
-        raise PrepError(f"the tokenizer gives token {top}, the model embeds {size} tokens: they do not belong together")
+    table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    if table is None:
+        raise PrepError(f"{type(model).__name__} reads no tokens: give it batches=, from Python")
+    top = max(int(ids.max()) for ids in corpus.sequences)
+    if top >= len(table):
+        raise PrepError(
+            f"the tokenizer gives token {top}, the model embeds {len(table)} tokens: they do not belong together"
+        )
