@@ -8,13 +8,25 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import click
 
 from . import __version__
 from .errors import Interrupted, PrepError
-from .preprocess.numerics.methods import PUBLISHED
+from .preprocess.numerics.methods import PUBLISHED, SELECTIONS, SOLVERS
+from .preprocess.options import (
+    BASIS_DTYPES,
+    COMPATIBLE,
+    METRICS,
+    MODEL_DTYPES,
+    MOMENT_DTYPES,
+    MOMENTS,
+    CovarianceOptions,
+    DecomposeOptions,
+)
 
 
 class _Group(click.Group):
@@ -60,66 +72,77 @@ def _shared(command: Callable) -> Callable:
     )
 
 
-_DTYPES = click.Choice(["auto", "float32", "float64", "bfloat16", "float16"])
+def _option(options: type, flag: str, **settings: Any) -> Callable[[Callable], Callable]:
+    """A click option whose default is that of the field of `options` with its name."""
+    name = flag.split("/")[0].removeprefix("--").replace("-", "_")
+    default = {field.name: field.default for field in fields(options)}[{"for": "for_"}.get(name, name)]
+    arguments = [flag, "for_"] if name == "for" else [flag]
+    return click.option(*arguments, default=default, **settings)
+
+
+_covariance_option = partial(_option, CovarianceOptions)
+_decompose_option = partial(_option, DecomposeOptions)
 
 
 @main.command(short_help="Second moments of every linear layer's input.")
 @click.option("--model", required=True, help="Path or hub id of the model.")
 @click.option("--data", required=True, help="Hub id, or a .jsonl .json .parquet .csv .txt file, or a glob of files.")
 @_shared
-@click.option("--revision", help="Revision of the model on the hub.")
-@click.option("--subset", help="Configuration of a hub data set.")
-@click.option("--split", default="train", help="Split of the data set.")
-@click.option("--text-column", help="Column that holds the text.  [default: text, or the only text column]")
-@click.option("--template", help=r'Text made of columns, such as "{question}\n{answer}".')
-@click.option("--chat-column", help="Column of chat messages, formatted by the model's chat template.")
-@click.option("--num-sequences", type=click.IntRange(1), default=256, help="Sequences to calibrate on.")
-@click.option("--seq-len", type=click.IntRange(1), default=512, help="Tokens per sequence.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, help="Sequences per forward pass.")
-@click.option("--pack/--no-pack", default=True, help="Join documents by the end token, or pad one per sequence.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the document order.")
-@click.option(
+@_covariance_option("--revision", help="Revision of the model on the hub.")
+@_covariance_option("--subset", help="Configuration of a hub data set.")
+@_covariance_option("--split", help="Split of the data set.")
+@_covariance_option("--text-column", help="Column that holds the text.  [default: text, or the only text column]")
+@_covariance_option("--template", help=r'Text made of columns, such as "{question}\n{answer}".')
+@_covariance_option("--chat-column", help="Column of chat messages, formatted by the model's chat template.")
+@_covariance_option("--num-sequences", type=click.IntRange(1), help="Sequences to calibrate on.")
+@_covariance_option("--seq-len", type=click.IntRange(1), help="Tokens per sequence.")
+@_covariance_option("--batch-size", type=click.IntRange(1), help="Sequences per forward pass.")
+@_covariance_option("--pack/--no-pack", help="Join documents by the end token, or pad one per sequence.")
+@_covariance_option("--seed", type=click.IntRange(0), help="Seed of the document order.")
+@_covariance_option(
     "--targets", multiple=True, help="Regular expression of layer names; repeatable.  [default: all in blocks]"
 )
-@click.option("--exclude", multiple=True, help="Regular expression of layer names to leave out; repeatable.")
-@click.option("--layers", help="Block numbers, such as 0-3,8.")
-@click.option(
+@_covariance_option("--exclude", multiple=True, help="Regular expression of layer names to leave out; repeatable.")
+@_covariance_option("--layers", help="Block numbers, such as 0-3,8.")
+@_covariance_option(
     "--moment",
-    type=click.Choice(["full", "diagonal", "output", "auto"]),
-    default="full",
+    type=click.Choice(MOMENTS),
     help="full: E[x x^T]; diagonal: E[x_i^2]; output: E[y y^T], y = W x; "
     "auto: output where all layers of a site have d_in > 2 d_out.",
 )
-@click.option(
+@_covariance_option(
     "--moment-dtype",
-    type=click.Choice(["float64", "float32"]),
-    default="float64",
+    type=click.Choice(MOMENT_DTYPES),
     help="Of the stored moments; float32 halves the store and rounds C.",
 )
-@click.option(
-    "--dtype", type=_DTYPES, default="auto", help="Of the model; auto: float32 on a CPU, else the checkpoint's."
+@_covariance_option(
+    "--dtype",
+    type=click.Choice(MODEL_DTYPES),
+    help="Of the model; auto: float32 on a CPU, else the checkpoint's.",
 )
-@click.option("--device", help="Device of the model.  [default: cuda where there is one]")
-@click.option(
+@_covariance_option("--device", help="Device of the model.  [default: cuda where there is one]")
+@_covariance_option(
     "--device-map",
     help="Spread a large model over devices and disk (accelerate): auto, balanced, sequential, a device, "
     'or JSON or a .json file such as {"": "disk", "model.layers.0": 0}.',
 )
-@click.option(
+@_covariance_option(
     "--max-memory",
     help="What --device-map auto may take of each device, such as 0=20GB,cpu=60GB; the rest goes to disk.",
 )
-@click.option(
+@_covariance_option(
     "--compat",
-    type=click.Choice(["peft-corda"]),
+    type=click.Choice(COMPATIBLE),
     help="peft-corda: sequences divided by their maximum, padding counted, as PEFT's preprocess_corda does.",
 )
-@click.option("--memory-budget", default="8GB", help="For the accumulators; above it, several passes are made.")
-@click.option("--checkpoint-every", default="60s", help="How often the state of an unfinished run is stored.")
-@click.option("--dry-run", is_flag=True, help="Print memory, disk and time from one batch per pass; store nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
-@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
+@_covariance_option("--memory-budget", help="For the accumulators; above it, several passes are made.")
+@_covariance_option("--checkpoint-every", help="How often the state of an unfinished run is stored.")
+@_covariance_option(
+    "--dry-run", is_flag=True, help="Print memory, disk and time from one batch per pass; store nothing."
+)
+@_covariance_option("--overwrite", is_flag=True, help="Replace the store that is there when the new one is complete.")
+@_covariance_option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+@_covariance_option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
 def covariance(store: str, quiet: bool, **options: Any) -> None:
     """Stream text through a model and store the second moment of every linear layer's input.
 
@@ -152,35 +175,30 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 
 @main.command(short_help="Whitened SVD bases of every layer.")
 @_shared
-@click.option("--for", "for_", type=click.Choice(list(PUBLISHED)), help="A published method: metric, power and select.")
-@click.option("--name", help="Name of the basis.  [default: from metric, power and select]")
-@click.option(
+@_decompose_option("--for", type=click.Choice(list(PUBLISHED)), help="A published method: metric, power and select.")
+@_decompose_option("--name", help="Name of the basis.  [default: from metric, power and select]")
+@_decompose_option(
     "--metric",
-    type=click.Choice(["full", "diagonal", "identity"]),
+    type=click.Choice(METRICS),
     help="What the SVD is taken in: M = C^a, diag(C)^a or I.  [default: full]",
 )
-@click.option("--power", type=float, help="The power a of the metric.  [default: 0.5]")
-@click.option("--damping", type=float, help="Relative: C + damping mean(diag C) I.  [default: 0.001]")
-@click.option("--epsilon", type=float, help="Absolute damping instead: C + epsilon I.")
-@click.option("--center/--no-center", default=None, help="Subtract the mean: C - E[x] E[x]^T.  [default: no-center]")
-@click.option("--rank", type=click.IntRange(1), default=256, help="Directions to keep; clipped per layer.")
-@click.option(
-    "--select", type=click.Choice(["top", "bottom", "activation"]), help="Which directions to keep.  [default: top]"
-)
-@click.option(
+@_decompose_option("--power", type=float, help="The power a of the metric.  [default: 0.5]")
+@_decompose_option("--damping", type=float, help="Relative: C + damping mean(diag C) I.  [default: 0.001]")
+@_decompose_option("--epsilon", type=float, help="Absolute damping instead: C + epsilon I.")
+@_decompose_option("--center/--no-center", help="Subtract the mean: C - E[x] E[x]^T.  [default: no-center]")
+@_decompose_option("--rank", type=click.IntRange(1), help="Directions to keep; clipped per layer.")
+@_decompose_option("--select", type=click.Choice(SELECTIONS), help="Which directions to keep.  [default: top]")
+@_decompose_option(
     "--solver",
-    type=click.Choice(["auto", "exact", "svd", "randomized"]),
-    default="auto",
+    type=click.Choice(SOLVERS),
     help="exact: float64 Gram route; svd: float64 SVD of W M; randomized: certified within 1e-3 of the optimum.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Of stored U and P."
-)
-@click.option("--model", help="Path or hub id.  [default: the store's model]")
-@click.option("--revision", help="Revision of --model on the hub.")
-@click.option("--overwrite", is_flag=True, help="Replace the basis of that name.")
-@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
+@_decompose_option("--dtype", type=click.Choice(list(BASIS_DTYPES)), help="Of stored U and P.")
+@_decompose_option("--model", help="Path or hub id.  [default: the store's model]")
+@_decompose_option("--revision", help="Revision of --model on the hub.")
+@_decompose_option("--overwrite", is_flag=True, help="Replace the basis of that name when the new one is complete.")
+@_decompose_option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+@_decompose_option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
 def decompose(store: str, quiet: bool, **options: Any) -> None:
     """Decompose every layer in the metric of its second moment: W M = U diag(S) V^T, P = V^T M^-1.
 
