@@ -4,11 +4,35 @@ Names are loaded on first use, so that `import prep` imports neither torch nor t
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import peft as peft
+    from .adapters import testing as testing
+    from .adapters.attach import attach as attach
+    from .adapters.attach import detach as detach
+    from .adapters.attach import merge as merge
+    from .adapters.attach import unmerge as unmerge
+    from .adapters.cores import Core as Core
+    from .adapters.peft.export import export as export
+    from .adapters.saved import load as load
+    from .adapters.saved import save as save
+    from .adapters.variants import VARIANTS as VARIANTS
+    from .errors import Interrupted as Interrupted
+    from .errors import PrepError as PrepError
+    from .errors import StoreError as StoreError
+    from .preprocess.covariance import covariance as covariance
+    from .preprocess.decompose import decompose as decompose
+    from .preprocess.verify import verify as verify
+    from .store import open_store as open_store
+    from .store.pool import pool as pool
+    from .store.transfer import pull as pull
+    from .store.transfer import push as push
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Interrupted": ".errors",
     "PrepError": ".errors",
     "StoreError": ".errors",
     "open_store": ".store",
@@ -44,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*(name for name in globals() if name.startswith("__")), *_EXPORTS])

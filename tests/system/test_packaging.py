@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import prep
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("preprocess", "adapters", "store")
 LEFT_OUT = shutil.ignore_patterns(
@@ -37,8 +39,12 @@ def test_the_wheel_holds_the_modules_and_nothing_else(built):
     modules |= {
         f"prep/{path.relative_to(ROOT).as_posix()}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")
     }
-    assert files == modules
+    assert files == modules | {"prep/py.typed"}
     assert {"prep/cli.py", "prep/__init__.py", "prep/store/format/schema.py"} <= files
+
+
+def test_the_version_has_one_source(built):
+    assert next(built.glob("*.whl")).name.startswith(f"prep_bases-{prep.__version__}-")
 
 
 def test_every_folder_with_modules_is_a_package(built):

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import prep
+import prep.store
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("preprocess", "adapters", "store")
 
@@ -91,6 +94,14 @@ def test_inside_the_package_imports_are_relative():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert not any(name.split(".")[0] == "prep" for name in names), path
+
+
+def test_type_checkers_see_every_name_that_is_loaded_on_first_use():
+    for path, names in ((ROOT / "__init__.py", prep.__all__), (ROOT / "store" / "__init__.py", prep.store.__all__)):
+        [block] = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+        typed = {alias.name for node in block.body for alias in node.names}
+        assert typed == set(names) - {"__version__"}, path
+        assert all(getattr(prep if path.parent == ROOT else prep.store, name) is not None for name in names)
 
 
 def loaded_by(code: str) -> set[str]:
