@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UNIT := tests/adapters/test_cores.py tests/adapters/test_adapters.py tests/preprocess/test_corpus.py \
+	tests/preprocess/test_plan.py tests/preprocess/test_products.py tests/preprocess/test_solvers.py \
+	tests/preprocess/test_whitening.py tests/store/test_store_format.py tests/system/test_structure.py
+CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-unit test-all lint format clean
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
 	touch $(READY)
 
 demo: $(READY)
@@ -17,6 +21,10 @@ demo: $(READY)
 # many small models: two processes of one thread each do not wait for each other
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not stress"
+
+# what needs no process of its own, no server and no pipeline run
+test-unit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not stress" $(UNIT)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
