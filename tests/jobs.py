@@ -22,6 +22,8 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if "BEGUN_AS" in environment:
+        _begin(environment)
     left = [die_after]
     for kind, method in ((Calibration, "_added"), (BasisWriter, "put")):
         whole = getattr(kind, method)
@@ -44,6 +46,16 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
             raise SystemExit(2) from None
 
 
+def _begin(environment: dict[str, str]) -> None:
+    """What a script may have done before: a default group of a backend that does nothing for tensors on the CPU."""
+    import torch.distributed as dist
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
+
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), size, rank == 0)
+    dist.init_process_group(environment["BEGUN_AS"], store=store, rank=rank, world_size=size)
+
+
 def run(
     name: str,
     options: dict[str, Any],
@@ -51,10 +63,12 @@ def run(
     size: int,
     per_node: int | None = None,
     die: tuple[int, int] | None = None,
+    begun_as: str | None = None,
 ) -> tuple[list[int], list[str], float]:
     """Run `prep.<name>` with `size` ranks, `per_node` of them on every node (all by default).
 
-    die: a rank and the number of batches or layers after which it is killed. Returns the exit codes, what each rank
+    die: a rank and the number of batches or layers after which it is killed. begun_as: the backend of a default group
+    that each rank has begun before. Returns the exit codes, what each rank
     said, and the seconds from the first exit to the last.
     """
     with socket.socket() as free:
@@ -65,6 +79,7 @@ def run(
     for rank in range(size):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
         environment |= {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
+        environment |= {} if begun_as is None else {"BEGUN_AS": begun_as}
         texts.append(folder / f"rank{rank}.{time.monotonic_ns()}")
         limit = die[1] if die is not None and die[0] == rank else None
         processes.append(CONTEXT.Process(target=_rank, args=(name, options, environment, str(texts[-1]), limit)))

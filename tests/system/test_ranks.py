@@ -16,8 +16,9 @@ import tiny
 import torch
 
 import prep
+from prep import PrepError
 from prep.preprocess.calibration.part import site_sums
-from prep.preprocess.distributed import World
+from prep.preprocess.distributed import World, check_devices
 from prep.preprocess.model.sites import Site
 from prep.preprocess.verify import verify
 from prep.store import open_store
@@ -115,6 +116,36 @@ def test_one_rank_tells_what_is_wrong(made, tmp_path):
     codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "s", "device_map": "cpu"}, tmp_path, 2)
     assert codes == [2, 2] and "CUDA_VISIBLE_DEVICES" in said[0] and not said[1]
     assert list(tmp_path.glob("s*")) == []
+
+
+def test_a_group_that_was_begun_elsewhere_is_left_alone(made, tmp_path):
+    """Its backend need not know tensors on the CPU, as nccl does not: everything goes over groups of our own."""
+    _, options = made
+    prep.covariance(store=tmp_path / "one", **options)
+    given = {**options, "store": tmp_path / "many", "checkpoint_every": 1e-3}
+    codes, said, _ = jobs.run("covariance", given, tmp_path, 2, begun_as="fake")
+    assert codes == [0, 0], said
+    same(tmp_path / "many", tmp_path / "one")
+
+
+def test_every_process_of_a_node_has_a_device_of_its_own():
+    """What processes see is given here; where there is no GPU the names of devices are all that can be tested."""
+    four = [World(rank, 4, rank, 4) for rank in range(4)]
+    gpus = max(1, torch.cuda.device_count())
+    assert [world.device("cuda") for world in four] == [f"cuda:{rank % gpus}" for rank in range(4)]
+    assert [world.device("cpu") for world in four] == ["cpu"] * 4
+    assert World().device("cuda") == "cuda"
+    own, shared = [["0"], ["1"], ["2"], ["3"]], [["0", "1", "2", "3"]] * 4
+    for seen in (own, shared):
+        check_devices(four[0], "cuda", None, seen)
+    check_devices(four[0], "cpu", None, [["0", "1"]] * 4)
+    check_devices(four[0], None, "auto", own)
+    with pytest.raises(PrepError, match=r"4 processes on a node with 2 GPUs: .*--nproc-per-node 2, .*--device cpu"):
+        check_devices(four[0], "cuda", None, [["0", "1"]] * 4)
+    with pytest.raises(PrepError, match="--device cuda:0 would hold 4 processes"):
+        check_devices(four[0], "cuda:0", None, shared)
+    with pytest.raises(PrepError, match="give each its own CUDA_VISIBLE_DEVICES"):
+        check_devices(four[0], None, "auto", shared)
 
 
 def test_a_locked_store_is_told_once(made, tmp_path):
