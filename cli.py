@@ -214,9 +214,11 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     if basis is None:  # rank 0 says the rest
         return
     energies = sorted(record.energy for record in basis.layers.values())
+    ranks = sorted({record.rank for record in basis.layers.values()})
+    kept = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
     _say(
         quiet,
-        f"{store}: basis {basis.name}, {len(basis)} layers, rank {basis.method['rank']}, "
+        f"{store}: basis {basis.name}, {len(basis)} layers, rank {kept}, "
         f"captured energy {energies[0]:.3f} to {energies[-1]:.3f}, median {energies[len(energies) // 2]:.3f}",
     )
     unresolved = sum(record.rank > record.numerical_rank for record in basis.layers.values())

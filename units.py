@@ -1,22 +1,26 @@
-"""Sizes and durations as people write them."""
+"""Sizes, durations and block numbers as people write them."""
 
 import re
+from collections.abc import Iterable
 
 from .errors import PrepError
 
-_BYTES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def parse_size(size: int | float | str) -> int:
-    """Bytes from "8GB", "500 MB" or "1e9" (decimal units), or from a number. PrepError for anything else."""
-    match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([kmgt]?)i?b?\s*", str(size).lower())
+    """Bytes from "8GB" (10^9), "8GiB" (2^30) or "1e9", or from a number. PrepError for anything else.
+
+    A bare number below a million is refused: nobody means 8 bytes.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size).lower())
     try:
-        found = int(float(match[1]) * _BYTES[match[2]]) if match else 0
+        base = 1024 if match and match[3] else 1000
+        found = int(float(match[1]) * base ** " kmgt".index(match[2] or " ")) if match else 0
     except ValueError:
         found = 0
-    if found <= 0:
-        raise PrepError(f"{size!r} is not a size: write it like 8GB or 500MB")
+    if found <= 0 or (isinstance(size, str) and size.strip().isdigit() and found < 1_000_000):
+        raise PrepError(f"{size!r} is not a size: write it like 8GB, 8GiB or 500MB")
     return found
 
 
@@ -28,3 +32,27 @@ def parse_seconds(time: float | str) -> float:
     if not match:
         raise PrepError(f"{time!r} is not a time: write it like 60s or 5m")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_blocks(text: str | Iterable[int]) -> tuple[int, ...]:
+    """Block numbers, ascending, from "0-3,8" or numbers. PrepError for anything else."""
+    if not isinstance(text, str):
+        text = ",".join(map(str, text))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise PrepError(f"--layers {text!r} is not a list of block numbers: write it like 0-3,8")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(numbers))
+
+
+def blocks_as_text(numbers: Iterable[int]) -> str:
+    """The one spelling of block numbers: "0-3,8" for 0, 1, 2, 3, 8."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

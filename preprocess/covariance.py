@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import PrepError
@@ -46,10 +47,10 @@ def covariance(
     seed: int = 0,
     targets: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    layers: str | None = None,
+    layers: str | Sequence[int] | None = None,
     moment: str = "full",
     moment_dtype: str = "float64",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,

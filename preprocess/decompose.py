@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..store import BasisSet, open_store
-from .decomposition.job import Decomposition, made_already
-from .decomposition.request import is_made, load_layers, open_request
+from .decomposition.job import Decomposition
+from .decomposition.request import is_made, load_layers, made_already, open_request
 from .distributed import World, joined
 from .options import DecomposeOptions
 from .progress import say
@@ -30,7 +31,7 @@ def decompose(
     rank: int = 256,
     select: str | None = None,
     solver: str = "auto",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     model: str | nn.Module | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -59,7 +60,8 @@ def decompose(
 def _decompose(options: DecomposeOptions, world: World) -> BasisSet | None:
     request = world.on_all(open_request, options)
     if world.on_rank_zero(is_made, request):
-        say(made_already(request.name), options.quiet or world.rank > 0)
+        if world.rank == 0:
+            say(made_already(request), options.quiet)
         return open_store(options.store).bases[request.name] if world.rank == 0 else None
     net, modules = world.on_all(load_layers, request)
     with Decomposition(request, net, modules, world) as job:

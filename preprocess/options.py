@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrepError
-from ..units import parse_seconds, parse_size
+from ..units import blocks_as_text, parse_blocks, parse_seconds, parse_size
 from .numerics.methods import MOMENT_KINDS, one_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from .corpus.source import Mask
@@ -49,10 +50,10 @@ class CovarianceOptions:
     seed: int = 0
     targets: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    layers: str | None = None
+    layers: str | Sequence[int] | None = None
     moment: str = "full"
     moment_dtype: str = "float64"
-    dtype: str = "auto"
+    dtype: str | torch.dtype = "auto"
     device: str | None = None
     device_map: str | Mapping[str, int | str] | None = None
     max_memory: str | Mapping[int | str, int | str] | None = None
@@ -74,9 +75,12 @@ class CovarianceOptions:
         for name in ("targets", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", blocks_as_text(parse_blocks(self.layers)))
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--moment", self.moment, MOMENTS)
         one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
-        one_of("--dtype", self.dtype, MODEL_DTYPES)
+        one_of("--dtype", str(self.dtype), MODEL_DTYPES)
         if self.compat is not None:
             one_of("--compat", self.compat, COMPATIBLE)
             if self.moment != "full" or not self.named:
@@ -119,7 +123,7 @@ class DecomposeOptions:
     rank: int = 256
     select: str | None = None
     solver: str = "auto"
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
     model: str | nn.Module | None = None
     revision: str | None = None
     overwrite: bool = False
@@ -129,4 +133,10 @@ class DecomposeOptions:
     distributed: bool = False
 
     def __post_init__(self) -> None:
-        one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        one_of("--dtype", str(self.dtype), tuple(BASIS_DTYPES))
+
+
+def _dtype_name(dtype: Any) -> str:
+    """`float32` for itself and for torch.float32."""
+    return str(dtype).removeprefix("torch.")

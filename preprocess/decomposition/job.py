@@ -26,7 +26,7 @@ from ..numerics.methods import Method
 from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import Progress, say
-from .request import Request, check_same_weights, same_basis
+from .request import Request, check_same_weights, made_already, same_basis
 from .workers import cost, decomposed
 
 Shape = tuple[int, int]
@@ -100,7 +100,7 @@ class Decomposition:
             return list(self._modules)
         if basis.status == "complete":
             check_same_weights(request, basis, self._modules)
-            say(made_already(request.name), self._quiet)
+            say(made_already(request), self._quiet)
             return None
         done = f"{len(basis.layers)} of {len(basis.expected)} layers"
         say(f"basis {request.name!r}: resumed after {done}", self._quiet)
@@ -154,11 +154,6 @@ class Decomposition:
             "run": {"host": platform.node(), "started": started, "files": stamp},
         }
         create_store(self._request.options.store, attrs)
-
-
-def made_already(name: str) -> str:
-    """The line for a basis that is there already."""
-    return f"basis {name!r} is complete and was made with the same options: nothing to do"
 
 
 def groups_of(shapes: Mapping[str, Shape], method: Method) -> dict[Shape, dict[str, Any]]:

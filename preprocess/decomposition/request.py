@@ -78,12 +78,29 @@ def same_basis(request: Request) -> BasisSet | None:
             return basis
         pending = bases.pending(name)
         return pending if pending is not None and not _differences(request, pending) else None
+    if _covers(basis, request, differences):
+        return basis
     if differences:
         raise StoreError(
             f"{request.options.store} holds a basis {name!r} with other options ({'; '.join(differences)}): "
             "give this one another --name, or replace it with --overwrite"
         )
     return basis
+
+
+def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:
+    """Whether a complete basis differs from the one asked for in holding more directions: a slice of it is that one."""
+    only_rank = len(differences) == 1 and differences[0].startswith("rank:")
+    return basis.status == "complete" and only_rank and basis.method["rank"] > request.method.rank
+
+
+def made_already(request: Request) -> str:
+    """The line for a basis that is there already."""
+    basis = open_store(request.options.store).bases[request.name]
+    rank = basis.method["rank"]
+    if rank > request.method.rank:
+        return f"basis {request.name!r} is there already at rank {rank}: any rank up to {rank} is a slice of it"
+    return f"basis {request.name!r} is complete and was made with the same options: nothing to do"
 
 
 def is_made(request: Request) -> bool:

@@ -8,7 +8,7 @@ same version. The experts of a block share nothing: each of their projections is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import PrepError
 from ...linear import is_linear, layer_shape
+from ...units import parse_blocks
 from .experts import ExpertLinear, expert_layers, home, is_fused
 
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
@@ -78,6 +79,8 @@ def target_layers(
                     f"{type(model).__name__} has {_examples(list(linear))}"
                 )
             chosen |= found & linear.keys()
+    if layers is not None:
+        _check_blocks(layers, linear)
     chosen = _narrowed(chosen, exclude, layers)
     if not chosen:
         where = "--targets, --exclude and --layers" if targets or exclude or layers else "the blocks of this model"
@@ -85,16 +88,13 @@ def target_layers(
     return {name: module for name, module in linear.items() if name in chosen}
 
 
-def parse_layers(text: str) -> set[int]:
-    """Block numbers from "0-3,8". PrepError for anything else."""
-    numbers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if not match:
-            raise PrepError(f"--layers {text!r} is not a list of block numbers: write it like 0-3,8")
-        first, last = int(match[1]), int(match[2] or match[1])
-        numbers.update(range(first, last + 1))
-    return numbers
+def _check_blocks(layers: str, linear: Iterable[str]) -> None:
+    """PrepError for the number of a block that the model does not have."""
+    there = {number for name in linear if (number := block_index(name)) is not None}
+    missing = [number for number in parse_blocks(layers) if number not in there]
+    if missing and there:
+        of = f"the model has {len(there)} blocks, {min(there)} to {max(there)}"
+        raise PrepError(f"--layers {layers} names block {missing[0]}: {of}")
 
 
 def other_weights(model: nn.Module, exclude: Sequence[str] = (), layers: str | None = None) -> dict[str, str]:
@@ -234,7 +234,7 @@ def _narrowed(names: set[str], exclude: Sequence[str], layers: str | None) -> se
     for pattern in exclude:
         names = {name for name in names if not _search(pattern, name, "--exclude")}
     if layers is not None:
-        numbers = parse_layers(layers)
+        numbers = parse_blocks(layers)
         names = {name for name in names if block_index(name) in numbers}
     return names
 

@@ -83,10 +83,20 @@ PUBLISHED: dict[str, Method] = {
 
 
 def method_for(published: str | None, **asked: Any) -> Method:
-    """The published method, or the default, with every option that is not None put over it. Raises PrepError."""
+    """The published method, or the default, with every option that is not None put over it.
+
+    Raises PrepError, also for an option that would make a published method another one.
+    """
     one_of("--for", published or "whitened", tuple(PUBLISHED))
     base = PUBLISHED[published] if published else Method()
-    return replace(base, **{name: value for name, value in asked.items() if value is not None})
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name in ("metric", "power", "select", "center") if published else ():
+        if name in given and given[name] != getattr(base, name):
+            raise PrepError(
+                f"{published} has the {name} {getattr(base, name)}, not {given[name]}: leave out --{name}, or leave "
+                "out --for and give --metric, --power and --select"
+            )
+    return replace(base, **given)
 
 
 def basis_name(method: Method) -> str:

@@ -330,7 +330,7 @@ def test_target_layers_names_what_is_wrong():
         ({"targets": ["nope"]}, "no layer matches --targets 'nope': LlamaForCausalLM has the linear layers model.lay"),
         ({"targets": ["norm$"]}, "matches model.norm, a LlamaRMSNorm, which is not a linear layer"),
         ({"targets": ["("]}, "'\\(' is not a regular expression"),
-        ({"layers": "7"}, "no linear layer is left by --targets, --exclude and --layers"),
+        ({"layers": "7"}, "--layers 7 names block 7: the model has 2 blocks, 0 to 1"),
         ({"layers": "1-"}, "--layers '1-' is not a list of block numbers"),
         ({"exclude": ["."]}, "no linear layer is left"),
     ]

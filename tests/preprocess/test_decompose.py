@@ -485,3 +485,29 @@ def test_workers_are_as_many_as_the_memory_has_room_for(llama, tmp_path, monkeyp
     ample, scarce = (prep.open_store(store).bases["full"] for store in stores)
     for layer in ample:  # more threads in each product: other roundings
         assert tiny.relative(scarce[layer].S, ample[layer].S.numpy()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pissa", {"metric": "full"}, "pissa has the metric identity, not full: leave out --metric"),
+        ("milora", {"select": "top"}, "milora has the select bottom, not top: leave out --select"),
+        ("corda_ipm", {"power": 0.5}, "corda_ipm has the power 1, not 0.5: leave out --power"),
+        ("whitened", {"center": True}, "whitened has the center False, not True: leave out --center"),
+    ],
+)
+def test_an_option_that_makes_a_published_method_another_one(llama, tmp_path, name, options, message):
+    with pytest.raises(PrepError, match=message):
+        decomposed(llama, for_=name, **options)
+    assert decomposed(llama, for_="pissa", metric="identity", rank=2, name="same").method["metric"] == "identity"
+
+
+def test_a_smaller_rank_is_a_slice_of_what_is_there(llama, tmp_path, capsys):
+    shutil.copytree(llama.path, tmp_path / "s")
+    first = prep.decompose(tmp_path / "s", rank=8, quiet=True)
+    capsys.readouterr()
+    again = prep.decompose(tmp_path / "s", rank=3)
+    assert again.hash == first.hash
+    assert capsys.readouterr().err == "basis 'full' is there already at rank 8: any rank up to 8 is a slice of it\n"
+    smaller = prep.decompose(tmp_path / "s", rank=3, name="full", overwrite=True, quiet=True)
+    assert smaller.method["rank"] == 3

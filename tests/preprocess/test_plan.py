@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 
 import prep
@@ -12,7 +13,8 @@ from prep.cli import main
 from prep.preprocess.calibration.part import Part
 from prep.preprocess.calibration.plan import make_plan
 from prep.preprocess.model.sites import Site
-from prep.units import parse_seconds, parse_size
+from prep.preprocess.options import CovarianceOptions
+from prep.units import blocks_as_text, parse_blocks, parse_seconds, parse_size
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,16 @@ def test_the_command_prints_the_estimate(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1e9", 10**9), ("2k", 2000), ("1.5GiB", 15 * 10**8)]
+    ("text", "size"),
+    [
+        ("8GB", 8 * 10**9),
+        ("500 mb", 5 * 10**8),
+        ("1e9", 10**9),
+        ("2k", 2000),
+        ("1.5GiB", 3 * 2**29),
+        ("8GiB", 2**33),
+        (8, 8),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
@@ -109,7 +120,25 @@ def test_times(text, seconds):
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize(("parse", "text"), [(parse_size, "much"), (parse_size, "0"), (parse_seconds, "soon")])
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [(parse_size, "much"), (parse_size, "0"), (parse_size, "8"), (parse_seconds, "soon"), (parse_blocks, "3-1")],
+)
 def test_what_is_no_size_or_time(parse, text):
     with pytest.raises(PrepError, match=repr(text)):
         parse(text)
+
+
+def test_block_numbers_have_one_spelling():
+    assert parse_blocks("8, 0-2,1") == parse_blocks([0, 1, 2, 8]) == (0, 1, 2, 8)
+    assert blocks_as_text((8, 0, 2, 1)) == "0-2,8"
+    assert (
+        CovarianceOptions("m", "d", layers="0,1,2").layers
+        == CovarianceOptions("m", "d", layers=range(3)).layers
+        == "0-2"
+    )
+
+
+def test_python_takes_what_the_command_takes_and_its_own_types():
+    options = CovarianceOptions("m", "d", memory_budget="8GB", checkpoint_every="2m", dtype=torch.bfloat16, targets="q")
+    assert (options.budget, options.every, options.dtype, options.targets) == (8 * 10**9, 120.0, "bfloat16", ("q",))

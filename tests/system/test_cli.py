@@ -234,7 +234,7 @@ MISTAKES = {
     ),
     "not linear": (["--targets", "norm$"], "a LlamaRMSNorm, which is not a linear layer: LlamaForCausalLM has"),
     "expression": (["--targets", "("], "--targets '\\(' is not a regular expression: missing"),
-    "layers": (["--layers", "9"], "no linear layer is left by --targets, --exclude and --layers: "),
+    "layers": (["--layers", "9"], "--layers 9 names block 9: the model has 2 blocks, 0 to 1"),
     "numbers": (["--layers", "one"], "--layers 'one' is not a list of block numbers: write it like 0-3,8"),
     "device": (["--device", "abacus"], "--device 'abacus' does not exist: write it like cpu"),
 }
