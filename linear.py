@@ -33,9 +33,51 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The layer's weight as W (d_out, d_in): a view that shares the parameter's memory, or what `parameter` reads."""
-    weight = parameter(module, "weight")
+    """The layer's weight as W (d_out, d_in): a view that shares the parameter's memory, or what `parameter` reads.
+
+    Packed and scaled weights are dequantised by their own library. PrepError where none is known for them.
+    """
+    kept = getattr(module, "weight", None)
+    weight = parameter(module, "weight") if is_whole(kept) else _dequantised(module, kept)
     return weight.T if is_conv1d(module) else weight
+
+
+def is_whole(weight: Any) -> bool:
+    """Whether a weight is an ordinary tensor of floating-point numbers: not packed, scaled, sparse or a subclass."""
+    ordinary = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
+    return ordinary and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _dequantised(module: Any, weight: Any) -> Tensor:
+    """W of a packed or scaled weight, in the shape of `weight`."""
+    kind = type(weight).__name__
+    with torch.no_grad():
+        if kind == "Params4bit":
+            from bitsandbytes import functional
+
+            data, state = weight.data, copy.copy(weight.quant_state)
+            if getattr(state, "packing_format_for_cpu", False):  # as the first forward on a CPU leaves it
+                data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+            return functional.dequantize_4bit(data, state).reshape(layer_shape(module))
+        if kind == "Int8Params":
+            from bitsandbytes import functional
+
+            scales = getattr(weight, "SCB", None)
+            scales = module.state.SCB if scales is None else scales
+            return functional.int8_vectorwise_dequant(weight.data, scales)
+        if type(module).__name__ == "FP8Linear":
+            from transformers.integrations import finegrained_fp8
+
+            scales = module.weight_scale_inv.detach()
+            return finegrained_fp8._dequantize_fp8_weight(weight, scales, module.block_size, torch.float32)
+        if kind not in ("Parameter", "Tensor") and hasattr(weight, "dequantize"):  # torchao
+            return weight.dequantize()
+    sparse = isinstance(weight, Tensor) and weight.layout != torch.strided
+    packed = "sparse" if sparse else f"packed or scaled ({kind}, {getattr(weight, 'dtype', 'no tensor')})"
+    raise PrepError(
+        f"the weight of a {type(module).__name__} is {packed} and cannot be read: leave the layer out with --exclude, "
+        "or give the model with plain weights"
+    )
 
 
 def parameter(module: nn.Module, key: str) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PrepError
-from ..linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ..linear import dtype_name, is_whole, layer_shape, weight_hash, weight_matrix
+from ..precision import exact
 from ..store.format.schema import DTYPES
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3, "int8": 5e-2}
@@ -21,8 +22,7 @@ PROBES = 8
 
 def is_plain(module: nn.Module) -> bool:
     """True if the weight is an ordinary floating-point tensor, not packed and not a tensor subclass."""
-    weight = getattr(module, "weight", None)
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES.values()  # type: ignore[union-attr]
+    return is_whole(getattr(module, "weight", None))
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -62,17 +62,18 @@ def drift(module: nn.Module, U: Tensor, S: Tensor, P: Tensor) -> float:
     Relative to what r directions of x W^T hold on average, where these hold less: rounding hits all directions alike.
     """
     x = torch.randn(PROBES, layer_shape(module)[1], generator=torch.Generator().manual_seed(0))
-    h = (x @ P.cpu().float().T) * S.cpu().float()
-    y = product(module, x).cpu().float()
-    scale = max(h.norm(), y.norm() * (U.shape[1] / U.shape[0]) ** 0.5)
-    return ((y @ U.cpu().float() - h).norm() / scale).item()
+    with exact():
+        h = (x @ P.cpu().float().T) * S.cpu().float()
+        y = product(module, x).cpu().float()
+        scale = max(h.norm(), y.norm() * (U.shape[1] / U.shape[0]) ** 0.5)
+        return ((y @ U.cpu().float() - h).norm() / scale).item()
 
 
 def product(module: nn.Module, x: Tensor) -> Tensor:
     """x @ W.T for x (n, d_in) in float32, through the forward where the weight is packed."""
     tensors = tensors_of(module)
     x = x.to(tensors[0].device)
-    with torch.no_grad():
+    with torch.no_grad(), exact():
         if is_plain(module):
             return x @ weight_matrix(module).float().T
         x = x.to(next((t.dtype for t in tensors if t.dtype in DTYPES.values()), torch.float32))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..linear import layer_shape
+from ..precision import exact
 from .cores import Core
 
 
@@ -60,7 +61,7 @@ class AdaptedLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """What the adapter adds to the weight: U @ K.T @ P (d_out, d_in) with K = core(I), in at least float32."""
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             K = self.change(torch.eye(len(self.P), device=self.P.device))
             return self.U.to(K.dtype) @ K.T @ self.P.to(K.dtype)
 

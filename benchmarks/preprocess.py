@@ -42,7 +42,7 @@ from prep.preprocess.decompose import decompose
 from prep.preprocess.memory import peak_memory
 from prep.preprocess.model import loading as models
 from prep.preprocess.model.forward import text_forward
-from prep.preprocess.model.network import Network, site_members
+from prep.preprocess.model.network import Network, weight_record
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.accumulators import moment_kind
 from prep.store.format.schema import panels
@@ -79,12 +79,15 @@ class Bench:
 
     def run_prep(self, moment: str) -> None:
         kinds = {site.name: moment_kind(moment, site.shapes) for site in self.sites}
-        part = Part(Network(self.net, self.layers, tuple(self.sites), kinds, self.forward, {}), self.sites)
+        part = Part(Network(self.net, self.layers, tuple(self.sites), kinds, {}, self.forward, {}), self.sites)
         with part.hooked():
             for number, batch in enumerate(self.batches()):
                 part.add(Batch(number, batch, {}))
         self.moments[moment] = {
-            site.name: part.sums[site.name].finish(site_members(site, self.layers)) for site in self.sites
+            site.name: part.sums[site.name].finish(
+                {name: weight_record(name, self.layers[name]) for name in site.members}
+            )
+            for site in self.sites
         }
 
     def peft_config(self) -> Any:

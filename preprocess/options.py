@@ -15,7 +15,6 @@ from ..units import blocks_as_text, parse_blocks, parse_seconds, parse_size
 from .numerics.methods import MOMENT_KINDS, one_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from .corpus.source import Mask
@@ -50,10 +49,10 @@ class CovarianceOptions:
     seed: int = 0
     targets: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    layers: str | Sequence[int] | None = None
+    layers: str | None = None  # numbers, too, which become text
     moment: str = "full"
     moment_dtype: str = "float64"
-    dtype: str | torch.dtype = "auto"
+    dtype: str = "auto"  # a torch.dtype, too, which becomes its name
     device: str | None = None
     device_map: str | Mapping[str, int | str] | None = None
     max_memory: str | Mapping[int | str, int | str] | None = None
@@ -80,7 +79,7 @@ class CovarianceOptions:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--moment", self.moment, MOMENTS)
         one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
-        one_of("--dtype", str(self.dtype), MODEL_DTYPES)
+        one_of("--dtype", self.dtype, MODEL_DTYPES)
         if self.compat is not None:
             one_of("--compat", self.compat, COMPATIBLE)
             if self.moment != "full" or not self.named:
@@ -123,7 +122,7 @@ class DecomposeOptions:
     rank: int = 256
     select: str | None = None
     solver: str = "auto"
-    dtype: str | torch.dtype = "float32"
+    dtype: str = "float32"  # likewise
     model: str | nn.Module | None = None
     revision: str | None = None
     overwrite: bool = False
@@ -134,7 +133,7 @@ class DecomposeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        one_of("--dtype", str(self.dtype), tuple(BASIS_DTYPES))
+        one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...errors import PrepError
 from ...linear import weight_matrix
+from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ..attach import find_layers, refuse_adapted
 from ..drift import check_weight, is_plain
@@ -257,7 +258,8 @@ def _start(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor]:
     base = module.get_base_layer()
     W = weight_matrix(base)
     wide = torch.promote_types(W.dtype, torch.float32)
-    W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=-s))
+    with exact():
+        W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=-s))
     if adapter in module.lora_magnitude_vector:  # DoRA: the norms of W, as the forward will compute them
         magnitude: Any = module.lora_magnitude_vector[adapter]
         magnitude.update_layer(base_layer=base, lora_A=A, lora_B=B, scaling=s)

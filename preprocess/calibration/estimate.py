@@ -13,11 +13,12 @@ from typing import Any
 import zarr
 from zarr.storage import MemoryStore
 
+from ...precision import exact
 from ...store import write_site
 from ..corpus.source import Text
 from ..memory import peak_memory
 from ..model.forward import evaluating
-from ..model.network import Network, site_members
+from ..model.network import Network
 from ..numerics.accumulators import site_elements
 from ..options import CovarianceOptions
 from .part import Batch, Part
@@ -49,7 +50,7 @@ def estimate(options: CovarianceOptions, network: Network, source: Text) -> Esti
     batches = len(source.corpus.sequences) / source.batch_size
     inputs = next(source.read())
     seconds = 0.0
-    with evaluating(network.module):
+    with evaluating(network.module), exact():
         for sites in plan.passes:
             part = Part(network, sites, whole=len(plan.passes) == 1)
             seconds += _seconds_per_batch(part, Batch(0, inputs, source.masks(inputs))) * batches
@@ -82,7 +83,7 @@ def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
     seen = [site for site in part.sites if part.sums[site.name].count]  # one batch need not reach every expert
     largest = max(seen or part.sites, key=lambda site: sizes[site.name])
     begun = time.monotonic()
-    moments = part.sums[largest.name].finish(site_members(largest, network.layers))
+    moments = part.sums[largest.name].finish({name: network.weights[name] for name in largest.members})
     write_site(zarr.open_group(MemoryStore(), zarr_format=3), largest.name, moments, dtype)
     return (time.monotonic() - begun) * sum(sizes.values()) / sizes[largest.name]
 

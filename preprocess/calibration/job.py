@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import Interrupted, PrepError
+from ...precision import exact
 from ...store import SiteData, Store, begin_moments, create_store, open_store, write_site
 from ...store.checkpoint import begin_slot, finish, read_checkpoint, read_sums, use_slot, write_sums
 from ...store.format.schema import disk_guard, put_attributes
@@ -27,7 +28,7 @@ from ...store.staging import put_in_place, recover, resolved
 from ..corpus.source import Source
 from ..distributed import World
 from ..model.forward import evaluating
-from ..model.network import Network, site_members
+from ..model.network import Network
 from ..options import CovarianceOptions
 from ..progress import Progress, say
 from .part import Batch, Part
@@ -49,8 +50,7 @@ class Calibration:
 
     def __init__(self, options: CovarianceOptions, run: Run, network: Network, source: Source, world: World):
         self._options, self._network, self._source, self._world = options, network, source, world
-        self._members = {site.name: site_members(site, network.layers) for site in network.sites}
-        self._run = run.loaded(network, self._members)
+        self._run = run.loaded(network)
         self._quiet = options.quiet or world.rank > 0
         self._signals, self._tokens = Signals(), 0
         self._root: Any = None
@@ -66,6 +66,7 @@ class Calibration:
             self._passes = plan.passes
             stack.enter_context(disk_guard(self._path, plan.disk if self._world.writes else 0))
             stack.enter_context(evaluating(self._network.module))
+            stack.enter_context(exact())
             if self._source.resumable:
                 stack.enter_context(self._signals.noted())
             if self._passes:
@@ -116,7 +117,7 @@ class Calibration:
             if site.name not in idle and sums.kept:
                 sums.restore(self._reduced(sums.data(), counts[site.name]))
                 if self._world.writes:
-                    data = sums.finish(self._members[site.name])
+                    data = sums.finish({name: self._network.weights[name] for name in site.members})
                     write_site(root["moments"], site.name, data, self._options.moment_dtype)
         self._world.barrier()
         self._done |= {site.name for site in part.sites}

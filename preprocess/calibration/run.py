@@ -57,14 +57,11 @@ class Run:
             chosen["dtype"] = options.dtype
         return cls(known, source.about, chosen | source.options, files, options.revision)
 
-    def loaded(self, network: Network, members: dict[str, dict[str, dict[str, Any]]]) -> Run:
-        """The run with the loaded model's class, dtype, revision and a hash of its weights.
-
-        members: site -> layer -> what a store says of it.
-        """
+    def loaded(self, network: Network) -> Run:
+        """The run with the loaded model's class, dtype, revision and a hash of its weights."""
         described = loading.describe(network.module, self.model["id"], self.model["revision"])
-        hashes = {layer: one["weight_hash"] for site in members.values() for layer, one in site.items()}
-        weights = content_hash(f"{layer} {hashes[layer]}\n" for layer in sorted(hashes))
+        layers = sorted(layer for site in network.sites for layer in site.members)
+        weights = content_hash(f"{layer} {network.weights[layer]['weight_hash']}\n" for layer in layers)
         return replace(self, model={**described, _WEIGHTS: weights})
 
     def attributes(self) -> dict[str, Any]:

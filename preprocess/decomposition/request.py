@@ -143,7 +143,11 @@ def load_layers(request: Request) -> tuple[nn.Module, dict[str, nn.Module]]:
         )
     modules = _matching_modules(request, net)
     for layer, module in modules.items():
-        if not torch.isfinite(weight_matrix(module)).all():
+        try:
+            finite = torch.isfinite(weight_matrix(module)).all()
+        except PrepError as error:
+            raise PrepError(f"{layer}: {error}") from error
+        if not finite:
             raise PrepError(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
     return net, modules
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import PrepError
-from ...linear import dtype_name, weight_hash, weight_matrix
+from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
 from ..corpus.source import Source, Text
 from ..corpus.text import Corpus
 from ..numerics.accumulators import moment_kind
@@ -21,13 +21,15 @@ from .sites import Site, encoder_of, find_sites, other_weights, target_layers
 class Network:
     """layers: name -> module of every target; sites in call order; kinds: site name -> moment kind.
 
-    forward runs a batch; skipped: layer name -> why it has no moments.
+    weights: layer -> what a store says of it: shape, hash and dtype of its weight. forward runs a batch; skipped:
+    layer -> why it has no moments.
     """
 
     module: nn.Module
     layers: dict[str, nn.Module]
     sites: tuple[Site, ...]
     kinds: dict[str, str]
+    weights: dict[str, dict[str, Any]]
     forward: Forward
     skipped: dict[str, str]
 
@@ -40,6 +42,7 @@ def observe(module: nn.Module, source: Source, options: CovarianceOptions) -> Ne
     if isinstance(source, Text):
         check_fits(module, source.corpus)
     layers = target_layers(module, options.targets, options.exclude, options.layers)
+    weights = {name: weight_record(name, layer) for name, layer in layers.items()}  # a forward may repack them
     forward = source.forward(module, layers)
     with evaluating(module):
         sites, skipped = find_sites(layers, lambda: forward(source.example()), encoder_of(module))
@@ -48,16 +51,16 @@ def observe(module: nn.Module, source: Source, options: CovarianceOptions) -> Ne
     if not options.targets:
         skipped |= other_weights(module, options.exclude, options.layers)
     kinds = {site.name: moment_kind(options.moment, site.shapes) for site in sites}
-    return Network(module, layers, tuple(sites), kinds, forward, skipped)
+    return Network(module, layers, tuple(sites), kinds, weights, forward, skipped)
 
 
-def site_members(site: Site, layers: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """What a store says of a site's layers: shape, and hash and dtype of the weight."""
-    members = {}
-    for member, shape in zip(site.members, site.shapes, strict=True):
-        W = weight_matrix(layers[member])
-        members[member] = {"shape": list(shape), "weight_hash": weight_hash(W), "weight_dtype": dtype_name(W.dtype)}
-    return members
+def weight_record(name: str, layer: nn.Module) -> dict[str, Any]:
+    """What a store says of a layer: shape, and hash and dtype of the weight. PrepError where that cannot be read."""
+    try:
+        W = weight_matrix(layer)
+    except PrepError as error:
+        raise PrepError(f"{name}: {error}") from error
+    return {"shape": list(layer_shape(layer)), "weight_hash": weight_hash(W), "weight_dtype": dtype_name(W.dtype)}
 
 
 def check_fits(model: nn.Module, corpus: Corpus) -> None:

@@ -6,8 +6,9 @@
     solve_lower_t  L^-T B                          dtrtrs
     eigenpairs     all eigenvalues, some vectors   dsytrd, dsterf, dstein, dormtr
 
-Called through ctypes, which lets go of the GIL (SciPy's own wrappers keep it): worker threads run side by side. The
-arrays are C-contiguous and LAPACK reads them by columns: a lower triangle here is an upper one there.
+Called through ctypes, which releases the GIL (SciPy's own wrappers keep it): worker threads run side by side. Where a
+SciPy does not offer a routine in this form, NumPy does the work. The arrays are C-contiguous and LAPACK reads them by
+columns: a lower triangle here is an upper one there.
 """
 
 import ctypes
@@ -17,7 +18,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cython_blas, cython_lapack
 
 _SCALARS: dict[type, Callable[[Any], Any]] = {
     str: lambda letter: ctypes.c_char(letter.encode()),
@@ -32,6 +32,8 @@ def times_lower(A: np.ndarray, C: np.ndarray) -> np.ndarray:
     """`A tril(C)` (m, n) for A (m, n) and C (n, n), whose upper triangle is not read: half the work of `A C`."""
     m, n = A.shape
     assert C.shape == (n, n)
+    if not _reachable("dtrmm"):
+        return A @ np.tril(C)
     B = _copy(A)
     _call("dtrmm", "L", "U", "N", "N", n, m, 1.0, _rows(C), n, B, n)
     return B
@@ -40,6 +42,8 @@ def times_lower(A: np.ndarray, C: np.ndarray) -> np.ndarray:
 def cholesky(W: np.ndarray) -> np.ndarray:
     """The triangle L (n, n) with `L L^T = W^T W`, for W (m, n). LinAlgError where that is not positive definite."""
     m, n = W.shape
+    if not _reachable("dsyrk", "dpotrf"):
+        return np.linalg.cholesky(W.T @ W)
     L = np.zeros((n, n))
     _call("dsyrk", "U", "N", n, m, 1.0, _rows(W), n, 0.0, L, n)
     if info := _lapack("dpotrf", "U", n, L, n):
@@ -51,6 +55,9 @@ def congruence(L: np.ndarray, C: np.ndarray) -> np.ndarray:
     """`L^T C L` (n, n), its lower triangle, for a lower-triangular L and a symmetric C."""
     n = len(C)
     assert C.shape == L.shape == (n, n)
+    if not _reachable("dsygst"):
+        L, C = np.tril(L), np.tril(C) + np.tril(C, -1).T
+        return L.T @ C @ L
     G = _copy(C)
     if info := _lapack("dsygst", 2, "U", n, G, n, _rows(L), n):
         raise np.linalg.LinAlgError(f"dsygst: {info}")
@@ -61,6 +68,8 @@ def solve_lower_t(L: np.ndarray, B: np.ndarray) -> np.ndarray:
     """`L^-T B` (n, r) for a lower-triangular L (n, n). LinAlgError if it is singular."""
     n, r = B.shape
     assert L.shape == (n, n)
+    if not _reachable("dtrtrs"):
+        return np.linalg.solve(np.tril(L).T, B)
     X = _copy(B.T)
     if info := _lapack("dtrtrs", "U", "N", "N", n, r, _rows(L), n, X, n):
         raise np.linalg.LinAlgError(f"dtrtrs: {info}")
@@ -75,6 +84,11 @@ def eigenpairs(G: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.nda
     """
     n, r = len(G), last - first
     assert G.shape == (n, n) and 0 <= first < last <= n
+    if not _reachable("dsytrd", "dsterf", "dstein", "dormtr"):
+        values, Z = np.linalg.eigh(G)
+        if not np.isfinite(values).all():
+            raise np.linalg.LinAlgError("no eigenvalues")
+        return values, Z[:, first:last]
     A, d, e, tau = _copy(G), np.empty(n), np.empty(n), np.empty(n)
     work = np.empty((n + r + _BLOCK) * _BLOCK)
     info = _lapack("dsytrd", "U", n, A, n, d, e, tau, work, n * _BLOCK)
@@ -118,8 +132,19 @@ def _call(name: str, *args: Any) -> None:
 
 
 @cache
+def _reachable(*names: str) -> bool:
+    """Whether SciPy offers all these routines, with the integers that are passed here."""
+    try:
+        return all(map(_routine, names))
+    except (ImportError, AttributeError, KeyError, ValueError):
+        return False
+
+
+@cache
 def _routine(name: str) -> Any:
     """The function in the capsule that SciPy publishes for C callers. ImportError if its integers are not C's int."""
+    from scipy.linalg import cython_blas, cython_lapack
+
     module = cython_lapack if name in cython_lapack.__pyx_capi__ else cython_blas
     capsule, api = module.__pyx_capi__[name], ctypes.pythonapi
     api.PyCapsule_GetName.argtypes, api.PyCapsule_GetName.restype = [ctypes.py_object], ctypes.c_char_p
@@ -127,6 +152,6 @@ def _routine(name: str) -> Any:
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
     signature = api.PyCapsule_GetName(capsule)
     if not re.search(rb"\bint \*", signature):
-        raise ImportError(f"SciPy's {name} takes {signature.decode()}: install an earlier scipy")
+        raise ImportError(f"SciPy's {name} takes {signature.decode()}")
     pointers = [ctypes.c_void_p] * signature.count(b"*")
     return ctypes.CFUNCTYPE(None, *pointers)(api.PyCapsule_GetPointer(capsule, signature))

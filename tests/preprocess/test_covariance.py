@@ -15,7 +15,7 @@ import prep
 from prep import PrepError
 from prep.preprocess.calibration.part import Batch, Part
 from prep.preprocess.corpus.text import CorpusOptions, load_corpus
-from prep.preprocess.model.network import Network, site_members
+from prep.preprocess.model.network import Network
 from prep.preprocess.model.sites import MASK, find_sites, target_layers
 
 BATCHES = 52
@@ -273,14 +273,20 @@ def run(strange, kind="full", batches=None):
     kinds = {site.name: kind for site in strange.sites}
     batches = [{"input_ids": strange.x}] if batches is None else batches
     network = Network(
-        strange.model, strange.layers, tuple(strange.sites), kinds, lambda batch: strange.model(batch["input_ids"]), {}
+        strange.model,
+        strange.layers,
+        tuple(strange.sites),
+        kinds,
+        {},
+        lambda batch: strange.model(batch["input_ids"]),
+        {},
     )
     part = Part(network, strange.sites)
     with part.hooked():
         for number, batch in enumerate(batches):
             masks = {MASK: batch[MASK]} if MASK in batch else {}
             part.add(Batch(number, batch, masks))
-    return {site.name: part.sums[site.name].finish(site_members(site, strange.layers)) for site in strange.sites}
+    return {site.name: part.sums[site.name].finish({}) for site in strange.sites}
 
 
 def test_sites_are_told_apart_by_tensor_and_version(strange):

@@ -21,6 +21,19 @@ def one_blas_thread():
         yield
 
 
+@pytest.fixture(autouse=True, params=["SciPy's routines", "NumPy, where those have other integers"])
+def routes(request, monkeypatch):
+    lapack._reachable.cache_clear()
+    if request.param.startswith("NumPy"):
+
+        def unreachable(name):
+            raise ImportError(f"SciPy's {name} takes (char *, int64_t *)")
+
+        monkeypatch.setattr(lapack, "_routine", unreachable)
+    yield
+    lapack._reachable.cache_clear()
+
+
 def symmetric(spectrum: np.ndarray) -> np.ndarray:
     G = (TURN * spectrum) @ TURN.T
     return (G + G.T) / 2
