@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from ..errors import StoreError
-from .format.schema import is_url
+from .format.schema import DISK_FULL, is_url
 from .staging import place, recover
 
 _FLAGS = os.O_RDWR | os.O_CREAT
@@ -40,8 +40,13 @@ def writer_lock(location: str | Path, break_lock: bool = False) -> Iterator[None
     try:
         held = _locked(location, path, break_lock)
     except OSError as error:
+        if error.errno in DISK_FULL:  # disk_guard says it
+            raise
         raise StoreError(f"cannot write beside {location}: {error.strerror or error}") from error
     try:
+        os.truncate(held, 0)
+        os.lseek(held, 0, os.SEEK_SET)
+        os.write(held, json.dumps({"host": platform.node(), "pid": os.getpid(), "since": time.time()}).encode())
         recover(store)
         yield
     finally:
@@ -54,14 +59,12 @@ def _locked(location: str | Path, path: Path, break_lock: bool) -> int:
     while True:
         held = os.open(path, _FLAGS, 0o666)
         try:
-            owner = _owner(path, held)
+            _owner(path, held)
             if lock_descriptor(held, blocking=False):
                 if _is_at(path, held):
-                    os.truncate(held, 0)
-                    os.lseek(held, 0, os.SEEK_SET)
-                    os.write(held, json.dumps(_self()).encode())
                     return held
             elif not break_lock:
+                owner = _patiently(path, held)
                 raise StoreError(f"{location} is being written by {owner}: wait for it, or --break-lock")
             elif _is_at(path, held):
                 path.unlink()
@@ -90,21 +93,26 @@ def _is_at(path: Path, held: int) -> bool:
         return False
 
 
-def _self() -> dict[str, str | int | float]:
-    return {"host": platform.node(), "pid": os.getpid(), "since": time.time()}
+def _patiently(path: Path, held: int) -> str:
+    """The owner, who signs as soon as the lock is taken."""
+    for _ in range(50):
+        owner = _owner(path, held)
+        if owner:
+            return owner
+        time.sleep(0.01)
+    return "another process"
 
 
 def _owner(path: Path, held: int) -> str:
-    """Who wrote the lock file, in words. StoreError where it is another kind of file, which must not be overwritten."""
+    """Who wrote the lock file, in words; "" if nobody did. StoreError where it is another file, to be left alone."""
     foreign = StoreError(f"{path} is not a lock of prep: move it elsewhere, or name another --store")
     if not stat.S_ISREG(os.fstat(held).st_mode):
         raise foreign
+    if not os.fstat(held).st_size:
+        return ""
     os.lseek(held, 1, os.SEEK_SET)  # Windows lets nobody read the first byte, which is locked
-    raw = os.read(held, _MAX_OWNER)
-    if not raw:
-        return "another process"
     try:
-        owner = json.loads(b"{" + raw)
+        owner = json.loads(b"{" + os.read(held, _MAX_OWNER))
         return f"process {owner['pid']} on {owner['host']} for {time.time() - owner['since']:,.0f} s"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise foreign from error

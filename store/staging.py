@@ -76,7 +76,7 @@ def place(location: str | Path) -> Path:
         raise StoreError(f"{location} cannot be a store: name a directory below it with --store")
     try:
         if not stat.S_ISDIR(os.stat(real).st_mode):
-            raise StoreError(f"{location} is no directory: name another --store")
+            raise StoreError(f"{location} is a file and not a prep store: name another --store")
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -205,6 +205,8 @@ def one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in schema.DISK_FULL:  # disk_guard says it
+            raise
         said = error.strerror or str(error)
         raise StoreError(f"{path} cannot be replaced ({said}): check the permissions of its folder") from error
 
