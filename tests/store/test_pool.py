@@ -232,7 +232,7 @@ def arrays_and_groups(path):
 
 
 def killed_pools(made, path, seeds):
-    """A pool over another store, killed at a random step: one of the two is there, whole; once more, and it succeeds."""
+    """A pool over another store, killed at a random step: one of the two is there, whole; again, and it succeeds."""
     one, store = made.full, path / "w" / "c"
     pool([one.a, one.b], store=path / "old")
     pool([one.a, one.b], store=path / "new", weights=[1, 2])
