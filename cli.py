@@ -331,11 +331,12 @@ def pool(parts: tuple[str, ...], store: str, quiet: bool, weights: str | None, *
 @click.argument("url")
 @_shared
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
-def push(url: str, store: str, quiet: bool, overwrite: bool) -> None:
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+def push(url: str, store: str, quiet: bool, **options: Any) -> None:
     """Copy the store to URL, such as s3://bucket/prep.zarr, and verify the copy (extra prep-bases[remote])."""
     from .store.transfer import push as run
 
-    run(store, url, overwrite=overwrite)
+    run(store, url, **options)
     _say(quiet, f"{url}: whole")
 
 
@@ -343,11 +344,12 @@ def push(url: str, store: str, quiet: bool, overwrite: bool) -> None:
 @click.argument("url")
 @_shared
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
-def pull(url: str, store: str, quiet: bool, overwrite: bool) -> None:
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+def pull(url: str, store: str, quiet: bool, **options: Any) -> None:
     """Copy the store at URL to --store and verify the copy (extra prep-bases[remote])."""
     from .store.transfer import pull as run
 
-    run(url, store, overwrite=overwrite)
+    run(url, store, **options)
     _say(quiet, f"{store}: whole")
     _say(quiet, f"next: prep info{_store_option(store)}")
 

@@ -7,7 +7,7 @@ differ in `run` alone.
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import StoreError
 from .bases import Bases
 from .format import schema
 from .moments import Moments
+from .staging import check_replaceable, interrupted, place, remove
 
 _REQUIRED = {"format": str, "format_version": int, "id": str, "model": dict, "status": str, "bases": list}
 
@@ -88,19 +89,51 @@ class Store:
 def open_store(location: str | Path, mode: str = "r") -> Store:
     """Open a store at a path or URL (mode "r", or "r+" to add to it). Reads one metadata file.
 
-    Raises StoreError where there is none, where it is not a prep store, or where its format is newer.
+    Raises StoreError where there is none, where it is not a prep store, where its format is newer and, with "r+", where
+    a link in it leads out of it.
     """
-    name = str(location)
+    name, local = str(location), not schema.is_url(location)
+    where = place(location) if local and mode != "r" else location
     try:
-        root = schema.open_group(location, mode)
+        root = schema.open_group(where, mode)
     except FileNotFoundError as error:
-        if not schema.is_url(name) and Path(name).exists():
+        if local and os.path.lexists(schema.local_path(location)) and place(location).exists():
             raise StoreError(f"{name} is not a prep store: name another --store") from error
-        hint = "run `prep covariance --model X --data Y` first, or name one with --store"
-        raise StoreError(f"no store at {name}: {hint}") from error
+        raise _absent(location) from error
     except (ValueError, KeyError, TypeError, OSError, BaseZarrError) as error:
         raise StoreError(f"{name} cannot be opened as a store ({error}): name another --store") from error
+    if local and mode != "r":
+        _check_links(place(location))
     return Store(name, root)
+
+
+def _absent(location: str | Path) -> StoreError:
+    left = interrupted(location)
+    if left is not None:
+        return StoreError(
+            f"{location} was being replaced when the process died, and is at {left}: run that command again"
+        )
+    hint = "run `prep covariance --model X --data Y` first, or name one with --store"
+    return StoreError(f"no store at {location}: {hint}")
+
+
+def _check_links(store: Path) -> None:
+    """StoreError that names a link in a store which leads out of it: a writer would follow it."""
+    folders = [str(store)]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = list(entries)
+        except FileNotFoundError:  # another rank of the job has just removed it
+            continue
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
+        folders += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+        for link in (entry.path for entry in found if entry.is_symlink()):
+            target = os.path.realpath(link)
+            if not target.startswith(f"{store}{os.sep}"):
+                raise StoreError(f"{link} is a link out of the store, to {target}: put a copy of that in its place")
 
 
 def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
@@ -108,11 +141,12 @@ def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
 
     At a URL nothing is ever removed: StoreError where something is.
     """
-    path = Path(location)
-    if not schema.is_url(location) and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        open_store(path)  # refuses to remove what is not a store
-        shutil.rmtree(path)
-    if schema.is_url(location) and schema.fetch(schema.zarr_store(location, True), "zarr.json", 1) is not None:
+    where = location
+    if not schema.is_url(location):
+        check_replaceable(location)
+        where = place(location)
+        remove(where)
+    elif schema.fetch(schema.zarr_store(location, True), "zarr.json", 1) is not None:
         raise StoreError(f"{location} holds something already: name another --store, or make it on a disk and push it")
     own = {"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": []}
-    return Store(str(location), schema.open_group(location, "w-", own | attrs))
+    return Store(str(location), schema.open_group(where, "w-", own | attrs))

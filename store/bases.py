@@ -2,22 +2,30 @@
 
 A layer that counts as done survives an interruption. U and P go to the store as they come. S and spectra of many layers
 share a chunk, so they are kept in memory and written by `flush`, before the attributes that call their layers done.
+
+A complete basis is replaced when its successor is complete, which is built in `bases/.<name>.new`; between two renames
+the old one is `bases/.<name>.old`. At URLs, which know no renames, it goes when its successor is begun.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import zarr
 from torch import Tensor
+from zarr.storage import LocalStore
 
 from ..errors import StoreError
 from .basis import BasisSet, LayerRecord, Place, group_arrays, group_key
 from .format import schema
+from .staging import one_line, remove_all, swap
 
 FLUSH_SECONDS = 1.0
 FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer
@@ -43,12 +51,23 @@ class Bases(Mapping[str, BasisSet]):
             has = ", ".join(self.names) or "none"
             raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {make_command(name)}")
         try:
-            return BasisSet(name, schema.child(self._root, f"bases/{name}"))
+            try:
+                group = schema.child(self._root, f"bases/{name}")
+            except KeyError:  # a process died between the two renames of a replacement
+                group = schema.child(self._root, f"bases/{_old(name)}")
+            return BasisSet(name, group)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"basis {name!r} is missing or damaged: run its `prep decompose` again") from error
 
     def pending(self, name: str) -> BasisSet | None:
-        """stub"""
+        """What is there of a replacement of the basis `name` that is not in place; None where nothing is.
+
+        It may be complete. For the holder of the writer's lock.
+        """
+        _recover(self._root, name)
+        if isinstance(self._root.store, LocalStore):
+            with contextlib.suppress(KeyError, TypeError, ValueError, StoreError):
+                return BasisSet(name, schema.child(self._root, f"bases/{_new(name)}"))
         return None
 
     def __contains__(self, name: object) -> bool:
@@ -75,7 +94,7 @@ class BasisWriter:
     """Writes one basis of a store. What is written counts as done at the next `flush`."""
 
     def __init__(self, group: zarr.Group, basis: BasisSet, attrs: dict[str, Any]):
-        self._group, self._attrs = group, attrs
+        self._name, self._group, self._attrs = basis.name, group, attrs
         self._arrays = basis.open_arrays(basis.shapes, ("U", "P", "S", "spectrum"))
         # the rows of layers to come are NaN, as the fill value
         self._rows = {
@@ -101,26 +120,41 @@ class BasisWriter:
         model: dict[str, Any],
         groups: dict[tuple[int, int], dict[str, Any]],
     ) -> BasisWriter:
-        """Begin a basis, replacing one of that name. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}."""
+        """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}.
+
+        A complete basis of that name stays until `finish`, except at a URL; one that is not complete goes at once.
+
+        Raises StoreError for a name that a store cannot keep.
+        """
+        schema.check_writable_name(name, "basis")
         attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
         attrs["groups"] = {group_key(shape): dict(group) for shape, group in groups.items()}
-        kept = schema.attributes(root, {"bases": list})
-        others = [other for other in kept["bases"] if other != name]
-        # listed again when its arrays are there, so that a listed basis can be resumed
-        schema.put_attributes(root, {**kept, "bases": others})
-        group = root.create_group(f"bases/{name}", overwrite=True, attributes=schema.sealed(attrs))
+        _recover(root, name)
+        _remove_pending(root, name)
+        replaces = isinstance(root.store, LocalStore) and _is_complete(root, name)
+        if not replaces:
+            _list(root, name, False)
+        path = f"bases/{_new(name) if replaces else name}"
+        group = root.create_group(path, overwrite=True, attributes=schema.sealed({}))
         for shape, members in groups.items():
             stack = group.create_group(group_key(shape))
             arrays = group_arrays(shape, len(members["layers"]), members["rank"], members["spectrum"], dtype)
             for role, layout in arrays.items():
                 schema.create_array(stack, role, layout)
-        schema.put_attributes(root, {**kept, "bases": [*others, name]})
+        # what has attributes, or is listed, has its arrays, so that it can be resumed
+        schema.put_attributes(group, attrs)
+        if not replaces:
+            _list(root, name, True)
         return cls.resume(root, name)
 
     @classmethod
     def resume(cls, root: zarr.Group, name: str) -> BasisWriter:
-        """Go on with a basis. StoreError where what it holds is damaged."""
-        group = schema.child(root, f"bases/{name}")
+        """Go on with the replacement of a basis if there is one, else with the basis.
+
+        Raises StoreError where what it holds is damaged.
+        """
+        pending = Bases(schema.reread(root)).pending(name)
+        group = schema.child(root, f"bases/{name if pending is None else _new(name)}")
         return cls(group, BasisSet(name, group), schema.attributes(group, {"layers": dict}))
 
     def write(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> None:
@@ -162,12 +196,70 @@ class BasisWriter:
         self._due = now + max(FLUSH_SECONDS, (now - begun) / FLUSH_SHARE)
 
     def finish(self) -> None:
-        """Mark the basis complete; its hash covers the content of every layer."""
+        """Mark the basis complete, and put it in place of the one that it replaces; its hash covers every layer."""
         records = self._attrs["layers"]
         self._attrs["hash"] = schema.content_hash(f"{layer} {records[layer]['hash']}" for layer in sorted(records))
         self._attrs["status"] = "complete"
         schema.remove_partial(self._group)
         self.flush()
+        store = self._group.store
+        if isinstance(store, LocalStore) and self._group.basename == _new(self._name):
+            _put_in_place(store.root, self._name)
+
+
+def _new(name: str) -> str:
+    return f".{name}.new"
+
+
+def _old(name: str) -> str:
+    return f".{name}.old"
+
+
+def _list(root: zarr.Group, name: str, there: bool) -> None:
+    """Add a basis to the root's list, or take it off: the list as it is on disk, of which `root` may know less."""
+    kept = schema.attributes(schema.reread(root), {"bases": list})
+    others = [other for other in kept["bases"] if other != name]
+    schema.put_attributes(root, {**kept, "bases": [*others, name] if there else others})
+
+
+def _is_complete(root: zarr.Group, name: str) -> bool:
+    try:
+        return Bases(schema.reread(root)).open(name).status == "complete"
+    except StoreError:
+        return False
+
+
+def _remove_pending(root: zarr.Group, name: str) -> None:
+    """Remove a replacement that is not wanted: its attributes first, so that no half of it is resumed."""
+    if isinstance(root.store, LocalStore):
+        new = root.store.root / "bases" / _new(name)
+        if os.path.lexists(new):
+            with one_line(new):
+                (new / "zarr.json").unlink(missing_ok=True)
+                remove_all(new)
+
+
+def _put_in_place(store: Path, name: str) -> None:
+    """Replace the basis `name` by its finished successor."""
+    at, new, old = (store / "bases" / place for place in (name, _new(name), _old(name)))
+    swap(new, at, old)
+    if os.path.lexists(old):
+        with one_line(old):
+            remove_all(old)
+
+
+def _recover(root: zarr.Group, name: str) -> None:
+    """Tidy up where a process died in `_put_in_place`: put the old basis back, or finish its removal."""
+    schema.check_name(name, "basis")
+    if not isinstance(root.store, LocalStore) or root.store.read_only:
+        return
+    at, old = (root.store.root / "bases" / place for place in (name, _old(name)))
+    if os.path.lexists(old):
+        with one_line(at), contextlib.suppress(FileNotFoundError):  # the ranks of a job do this together
+            if os.path.lexists(at):
+                remove_all(old)
+            else:
+                os.rename(old, at)
 
 
 def make_command(name: str) -> str:

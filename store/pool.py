@@ -2,7 +2,8 @@
 
 n_i is the number of tokens of part i and w_i its weight (1 by default): with weights 1 the result is that of the joined
 corpus, with others a mixture in which each token of part i counts w_i times. The same holds for E[x], E[x_i^2] and
-E[y y^T]. One site of every part is in memory at a time.
+E[y y^T]. One site of every part is in memory at a time. The pool is built beside what is there and put in place when it
+is whole.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .checkpoint import finish
 from .format.schema import child, content_hash, disk_guard, is_url
 from .lock import writer_lock
 from .moments import SiteData, begin_moments, read_site, write_site
+from .staging import check_replaceable, occupied, overlap, replacement
+from .transfer import verified
 
 
 def pool(
@@ -34,7 +37,7 @@ def pool(
     overwrite: bool = False,
     break_lock: bool = False,
 ) -> Store:
-    """Combine the moments of `parts` (paths or URLs of two or more stores) into the new `store` and return it.
+    """Combine the moments of `parts` (paths or URLs of two or more stores) into the path `store` and return the pool.
 
     weights: one positive number per part. The parts must agree in model, weights, sites, moment kinds; their provenance
     is kept in `corpus["parts"]`. A store that holds this very pool is returned as it is.
@@ -46,8 +49,11 @@ def pool(
         raise PrepError(f"{len(parts)} store to pool: name two or more")
     if len(weights) != len(parts) or not all(0 < weight < float("inf") for weight in weights):
         raise PrepError(f"--weights {','.join(f'{w:g}' for w in weights)}: give {len(parts)} positive numbers")
-    if any(str(part).rstrip("/") == str(store).rstrip("/") for part in parts):
-        raise PrepError(f"--store {store} is one of the parts: name a new one")
+    if is_url(store):
+        raise PrepError(f"--store {store} is a URL: pool into a path and copy it with `prep push`")
+    for part in parts:
+        if overlap(part, store):
+            raise PrepError(f"--store {store} is one of the parts, or lies in {part}, or holds it: name a new one")
     found = [open_store(part) for part in parts]
     for other in found[1:]:
         _compare(found[0], other)
@@ -56,16 +62,26 @@ def pool(
     if existing is not None:
         return existing
     dtype = str(attrs["options"]["moment_dtype"])
+    with disk_guard(store, _bytes(found[0], dtype)), writer_lock(store, break_lock):
+        existing = _existing(store, attrs["id"], overwrite)  # another process may have been faster
+        if existing is not None:
+            return existing
+        with replacement(store) as built:
+            _write(built, attrs, found, weights, dtype)
+            verified(built, "the pool")
+    return open_store(store)
+
+
+def _write(location: Path, attrs: dict[str, Any], found: Sequence[Store], weights: Sequence[float], dtype: str) -> None:
+    """The pool of the stores `found`, with root attributes `attrs`, at a path where nothing is."""
     sites = found[0].moments.sites
     skipped = {layer: why for part in found for layer, why in part.moments.skipped.items()}
-    with disk_guard(store, _bytes(found[0], dtype)), writer_lock(store, break_lock):
-        root = create_store(store, attrs).root
-        begin_moments(root, sites, skipped)
-        target, sources = child(root, "moments"), [child(part.root, "moments") for part in found]
-        for site in sites:
-            write_site(target, site, _combined([read_site(source, site) for source in sources], weights), dtype)
-        finish(root, {"status": "complete"})
-    return open_store(store)
+    root = create_store(location, attrs).root
+    begin_moments(root, sites, skipped)
+    target, sources = child(root, "moments"), [child(part.root, "moments") for part in found]
+    for site in sites:
+        write_site(target, site, _combined([read_site(source, site) for source in sources], weights), dtype)
+    finish(root, {"status": "complete"})
 
 
 def _combined(parts: list[SiteData], weights: Sequence[float]) -> SiteData:
@@ -149,18 +165,15 @@ def _attributes(found: Sequence[Store], weights: Sequence[float]) -> dict[str, A
 
 def _existing(location: str | Path, wanted: str, overwrite: bool) -> Store | None:
     """The store that is there if it is this very pool; an incomplete one of it is begun anew."""
-    try:
-        found = open_store(location)
-    except StoreError:
-        path = Path(location)
-        if not is_url(location) and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise
+    if not occupied(location):
         return None
-    if found.id == wanted and found.status == "complete":
-        return None if overwrite else found
-    if found.id != wanted and not overwrite:
+    if overwrite:
+        check_replaceable(location)
+        return None
+    found = open_store(location)
+    if found.id != wanted:
         raise StoreError(f"{location} holds something else: name another --store, or replace it with --overwrite")
-    return None
+    return found if found.status == "complete" else None
 
 
 def _bytes(store: Store, dtype: str) -> int:

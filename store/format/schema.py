@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import xxhash
@@ -37,9 +41,12 @@ __all__ = [
     "attributes",
     "check_name",
     "check_shape",
+    "check_writable_name",
     "create_array",
     "fetch",
     "is_count",
+    "is_url",
+    "local_path",
     "open_array",
     "open_arrays",
     "put_attributes",
@@ -53,6 +60,16 @@ FORMAT = "prep"
 FORMAT_VERSION = 1
 SLAB = 64  # ranks per chunk of U and P
 ROWS = 64  # layers per chunk of S and the spectrum
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NAME_BYTES = 200  # of a name that is written: file systems keep 255, of which suffixes take some
+# files on their way to their names, as `put_each` and zarr call them
+_PARTIAL = re.compile(r"(zarr\.json|zarr\.[0-9a-f]{32}|\d+(\.[0-9a-f]{32})?)\.partial")
+_FILE_URL = re.compile(r"(file|local)://", re.IGNORECASE)
+_ADVICE = {
+    "basis": "give another --name",
+    "layer": "leave it out with --exclude",
+    "site": "leave it out with --exclude",
+}
 
 
 def panels(d: int) -> list[tuple[int, int]]:
@@ -102,15 +119,25 @@ def open_group(
 def zarr_store(location: str | Path, read_only: bool) -> ZarrStore:
     """The files at a path or fsspec URL. StoreError where the URL's file system is not installed or not known."""
     if not is_url(location):
-        return LocalStore(Path(location), read_only=read_only)
+        return LocalStore(local_path(location), read_only=read_only)
     from .remote import url_store
 
     return url_store(str(location), read_only)
 
 
 def is_url(location: str | Path) -> bool:
-    """True for `s3://...` and the like."""
-    return "://" in str(location)
+    """True for `s3://...` and the like, not for `file://...`, which is a path."""
+    return "://" in str(location) and not _FILE_URL.match(str(location))
+
+
+def local_path(location: str | Path) -> Path:
+    """The path of a location that is no URL, or a `file:///...`. StoreError where that names another host."""
+    if not _FILE_URL.match(str(location)):
+        return Path(location)
+    parts = urlsplit(str(location))
+    if parts.netloc not in ("", "localhost"):
+        raise StoreError(f"{location} names the host {parts.netloc!r}: write it like file:///path/prep.zarr")
+    return Path(url2pathname(parts.path))
 
 
 def child(group: zarr.Group, name: str) -> zarr.Group:
@@ -119,6 +146,11 @@ def child(group: zarr.Group, name: str) -> zarr.Group:
         return _group(group.store_path / name)
     except FileNotFoundError as error:
         raise KeyError(name) from error
+
+
+def reread(group: zarr.Group) -> zarr.Group:
+    """The same group with the attributes that it has now: those of `group` are as they were when it was opened."""
+    return _group(group.store_path)
 
 
 def _group(path: StorePath) -> zarr.Group:
@@ -148,8 +180,31 @@ def remove_partial(root: zarr.Group) -> None:
     """Remove the files that a killed process had begun to write. For the holder of the writer's lock."""
     store = root.store
     if isinstance(store, LocalStore):
-        for file in store.root.rglob("*.partial"):
-            file.unlink()
+        for folder, _, names in os.walk(store.root):
+            for name in filter(is_partial, names):
+                Path(folder, name).unlink()
+
+
+def is_partial(name: str) -> bool:
+    """Whether a writer of a store calls a file so until it is whole."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def check_writable_name(name: str, what: str) -> str:
+    """A name that a store can keep for a "layer", "site" or "basis" on any file system. StoreError for any other."""
+    reason = ""
+    if len(name.encode(errors="replace")) > NAME_BYTES:
+        reason = f"it is longer than {NAME_BYTES} bytes"
+    elif name.startswith(".") or name.endswith(".partial"):
+        reason = "such names are those of unfinished files"
+    else:
+        try:
+            check_name(name, what)
+        except StoreError:
+            reason = "it is no single path component"
+    if reason:
+        raise StoreError(f"{str(name)[:80]!r} cannot name a {what} in a store, {reason}: {_ADVICE[what]}")
+    return name
 
 
 @contextlib.contextmanager
@@ -158,8 +213,8 @@ def disk_guard(location: str | Path, needed: int = 0) -> Iterator[None]:
     if is_url(location):
         yield
         return
-    path = Path(location)
-    while not path.exists() and path != path.parent:
+    path = local_path(location)
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     free = shutil.disk_usage(path).free
     if needed > free:
@@ -167,6 +222,6 @@ def disk_guard(location: str | Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise StoreError(f"the disk of {location} is full: make room and run the same command again") from error

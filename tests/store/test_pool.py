@@ -1,10 +1,14 @@
 """Pooling: the moments of two halves are those of the whole; weights make the mixture that they name."""
 
+import contextlib
+import random
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import steps
 import tiny
 import torch
 
@@ -12,7 +16,9 @@ import prep
 from prep import PrepError, StoreError
 from prep.preprocess.verify import verify
 from prep.store import open_store
+from prep.store import pool as pool_module
 from prep.store.info import info, table
+from prep.store.lock import writer_lock
 from prep.store.pool import pool
 
 RUN = {"num_sequences": 8, "batch_size": 4, "quiet": True}
@@ -172,14 +178,100 @@ def test_bad_input(made, tmp_path):
     assert tiny.contents(copy) == tiny.contents(one.a)
 
 
+def spelled(path):
+    """Other ways to name a store in the working directory."""
+    Path("link").symlink_to(path)
+    return [f"./{path}", f"{path}/", f"../{Path.cwd().name}/{path}", "link", Path(path).absolute().as_uri()]
+
+
+def test_a_part_is_not_emptied_however_it_is_spelled(made, tmp_path):
+    copy = Path(shutil.copytree(made.full.a, tmp_path / "a.zarr"))
+    before = tiny.contents(copy)
+    with contextlib.chdir(tmp_path):
+        for store in [*spelled("a.zarr"), "a.zarr/moments", "."]:
+            for parts in (["a.zarr", made.full.b], [made.full.b, copy]):
+                with pytest.raises(PrepError, match=r"is one of the parts, or lies in .*: name a new one"):
+                    pool(parts, store=store, overwrite=True)
+        with pytest.raises(PrepError, match="pool into a path"):
+            pool(["a.zarr", made.full.b], store="memory://pooled")
+    assert tiny.contents(copy) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "link"]
+
+
+def test_what_another_process_completed_meanwhile_is_kept(made, tmp_path, monkeypatch):
+    """Between the first look at the store and the lock, another process makes one."""
+    one, store = made.full, tmp_path / "c"
+    same = pool([one.a, one.b], store=tmp_path / "same")
+    real = pool_module.writer_lock
+
+    def late(source):
+        def lock(location, break_lock):
+            shutil.copytree(source, location)
+            return real(location, break_lock)
+
+        return lock
+
+    monkeypatch.setattr(pool_module, "writer_lock", late(one.whole))
+    with pytest.raises(StoreError, match="holds something else: name another --store, or replace it with --overwrite"):
+        pool([one.a, one.b], store=store)
+    assert tiny.contents(store) == tiny.contents(one.whole)
+    shutil.rmtree(store)
+    monkeypatch.setattr(pool_module, "writer_lock", late(tmp_path / "same"))
+    assert pool([one.a, one.b], store=store).attrs == same.attrs
+    assert tiny.contents(store) == tiny.contents(tmp_path / "same")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "same"]
+
+
+def pooled_over(parts, store, weights):
+    pool(parts, store=store, weights=weights, overwrite=True)
+
+
+def arrays_and_groups(path):
+    """Every file but the root's metadata, which holds times."""
+    return {name: raw for name, raw in tiny.contents(path).items() if name != "zarr.json"}
+
+
+def killed_pools(made, path, seeds):
+    """A pool over another store, killed at a random step: one of the two is there, whole; again, and it succeeds."""
+    one, store = made.full, path / "w" / "c"
+    pool([one.a, one.b], store=path / "old")
+    pool([one.a, one.b], store=path / "new", weights=[1, 2])
+    old, new = (arrays_and_groups(path / name) for name in ("old", "new"))
+    ended = []
+    for seed in seeds:
+        shutil.rmtree(path / "w", ignore_errors=True)
+        shutil.copytree(path / "old", store)
+        # nine in ten steps are those of building; the others are looked at one by one in test_staging.py
+        step = random.Random(seed).randint(1, 420)
+        steps.killed_at(step, pooled_over, [one.a, one.b], store, [1, 2])
+        with writer_lock(store):
+            pass
+        found = arrays_and_groups(store)
+        assert found in (old, new)
+        assert verify(store).findings == []
+        ended.append(found == new)
+        pool([one.a, one.b], store=store, weights=[1, 2], overwrite=True)
+        assert arrays_and_groups(store) == new
+        assert [p.name for p in store.parent.iterdir()] == ["c"]
+    return ended
+
+
+def test_a_pool_killed_at_any_step(made, tmp_path):
+    assert not all(killed_pools(made, tmp_path, range(5)))
+
+
+@pytest.mark.stress
+def test_a_pool_killed_at_many_steps(made, tmp_path):
+    assert set(killed_pools(made, tmp_path, range(100))) == {False, True}
+
+
 def test_a_damaged_part_makes_no_pool(made, tmp_path):
     copy = shutil.copytree(made.full.a, tmp_path / "a")
     site = open_store(copy).moments[DOWN].site
     (copy / "moments" / site / "second_moment" / "c" / "0" / "0").unlink()
     with pytest.raises(StoreError, match=rf"moments/{site}/second_moment"):
         pool([copy, made.full.b], store=tmp_path / "c")
-    with pytest.raises(StoreError, match="is not complete"):
-        _ = open_store(tmp_path / "c").moments
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
     shutil.rmtree(copy)
     shutil.copytree(made.full.a, copy)
     assert len(pool([copy, made.full.b], store=tmp_path / "c").moments) == 14

@@ -62,8 +62,8 @@ class History:
             before, self.place = self.store, state["place"]
             if before.exists():
                 before.rename(self.store)
-            if before.with_name(f"{before.name}.new").exists():
-                before.with_name(f"{before.name}.new").rename(self.store.with_name(f"{self.store.name}.new"))
+            if before.with_name(f"{before.name}.staged").exists():
+                before.with_name(f"{before.name}.staged").rename(self.store.with_name(f"{self.store.name}.staged"))
         options = {name: state[name] for name in ("memory_budget", "batch_size", "dtype", "checkpoint_every")}
         options |= {"model": str(self.folder / "model"), "data": str(self.folder / "text.jsonl"), "store": self.store}
         options |= {"num_sequences": SEQUENCES, "seq_len": 16, "quiet": True, "overwrite": state["overwrite"]}
@@ -156,7 +156,7 @@ def live(made: Path, folder: Path, seed: int) -> int:
         code, said = history.start(None)
         assert code == 0, (history.state, said)
         history.check(code, said)
-    assert not list(folder.glob("store-*.new")) and not list(folder.glob("*.old")), seed
+    assert not list(folder.glob("store-*.staged")) and not list(folder.glob("*.replaced")), seed
     return killed
 
 
