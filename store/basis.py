@@ -60,7 +60,7 @@ def _record(layer: str, found: dict[str, Any], layers: list[str], rank: int) -> 
     if not 0 <= record.index < len(layers) or layers[record.index] != layer or not 1 <= record.rank <= rank:
         raise ValueError(layer)
     digits = _DIGITS * 2 * (_slabs(rank) + 1)
-    if record.checksums and not re.fullmatch(f"[0-9a-f]{{{digits}}}", record.checksums):
+    if record.checksums and (len(record.checksums) != digits or not re.fullmatch("[0-9a-f]+", record.checksums)):
         raise ValueError(layer)
     return record
 
@@ -125,6 +125,7 @@ class BasisSet(Mapping[str, Basis]):
         self.hash = str(attrs.get("hash", ""))
         try:
             self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
+            self._check_sizes()
             self.layers = {
                 layer: _record(layer, record, *_group_of(self._groups, record))
                 for layer, record in attrs["layers"].items()
@@ -133,11 +134,14 @@ class BasisSet(Mapping[str, Basis]):
             raise StoreError(f"the attributes of basis {name!r} are damaged: restore the store from a copy") from error
         self._opened: dict[Place, schema.Array] = {}
         self.expected = [layer for group in self._groups.values() for layer in group["layers"]]
-        for shape in self._groups:
-            for role, layout in self.arrays(shape).items():
-                check_size(layout, layout.dtypes[0], f"{group.store_path}/{group_key(shape)}/{role}")
         if self.status == "complete":
             self._check_complete()
+
+    def _check_sizes(self) -> None:
+        """StoreError where an array would be larger than is believed."""
+        for shape in self._groups:
+            for role, layout in self.arrays(shape).items():
+                check_size(layout, self.dtype, f"{self._group.store_path}/{group_key(shape)}/{role}")
 
     def _check_complete(self) -> None:
         """StoreError unless the records are those of all layers, and those that the basis was finished with."""
@@ -177,10 +181,10 @@ class BasisSet(Mapping[str, Basis]):
         known: dict[str, int] = {}
         for layer in wanted:
             record = self.layers[layer]
-            U, P, S = (arrays[record.shape, role] for role in "UPS")
-            row = slice(record.index, record.index + 1)
-            regions += [(U, (row, slice(0, rank))), (P, (row, slice(0, rank))), (S, (row,))]
-            known |= _chunks_of(record, U, P)
+            row, own = slice(record.index, record.index + 1), [arrays[record.shape, role] for role in "UPS"]
+            # S comes whole, as its chunk does: its checksum is that of all directions
+            regions += zip(own, ((row, slice(0, rank)), (row, slice(0, rank)), (row,)), strict=True)
+            known |= _chunks_of(record, own[:2])
         values = iter(schema.read_each(regions, known))
         out = {}
         for layer in wanted:
@@ -233,11 +237,12 @@ class BasisSet(Mapping[str, Basis]):
             raise StoreError(f"{where} (row {record.index}, {layer}) is {OTHER_VERSION}: restore the store from a copy")
 
 
-def _chunks_of(record: LayerRecord, U: schema.Array, P: schema.Array) -> dict[str, int]:
+def _chunks_of(record: LayerRecord, arrays: Sequence[schema.Array]) -> dict[str, int]:
     """The checksums of a layer's chunks of U and P, by their files, as far as its record has them."""
     if not record.checksums:
         return {}
-    files = [f"{array.path}/c/{record.index}/{i}/0" for array in (U, P) for i in range(_slabs(array.layout.shape[1]))]
+    slabs = _slabs(arrays[0].layout.shape[1])
+    files = [f"{array.path}/c/{record.index}/{i}/0" for array in arrays for i in range(slabs)]
     return {file: int(record.checksums[_DIGITS * i : _DIGITS * (i + 1)], 16) for i, file in enumerate(files)}
 
 

@@ -190,7 +190,7 @@ def put_attributes(group: zarr.Group, attrs: Mapping[str, Any]) -> None:
 
 
 def attributes(group: zarr.Group, pattern: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's attributes, if they are of a pattern (see untrusted.py) and what `attrs_hash` seals; else StoreError."""
+    """A group's attributes. StoreError unless they are of a pattern (see untrusted.py) and what `attrs_hash` seals."""
     attrs = dict(group.attrs)
     seal = attrs.pop("attrs_hash", None)
     if (at := mismatch(attrs, pattern)) is not None:

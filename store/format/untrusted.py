@@ -1,8 +1,8 @@
 """JSON of strangers: how deep it may be nested, and of which types its values must be.
 
 A pattern is a type (`float` takes whole numbers too), a value, None, a tuple of patterns of which one must fit,
-`[pattern]` for a list, `{str: pattern}` for a dictionary of any names, or `{name: pattern}` with the names it must have;
-of `name?` it may have none, and of others any.
+`[pattern]` for a list, `{str: pattern}` for a dictionary of any names, or `{name: pattern}` for one that must have the
+names, may lack each `name?`, and may have others.
 """
 
 from __future__ import annotations
