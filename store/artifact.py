@@ -17,10 +17,9 @@ from zarr.errors import BaseZarrError
 from ..errors import StoreError
 from .bases import Bases
 from .format import schema
+from .format.untrusted import ROOT
 from .moments import Moments
 from .staging import check_replaceable, interrupted, place, remove
-
-_REQUIRED = {"format": str, "format_version": int, "id": str, "model": dict, "status": str, "bases": list}
 
 
 class Store:
@@ -35,7 +34,7 @@ class Store:
                 f"{location} has the format version {attrs.get('format_version')!r:.40}, this prep-bases reads up to "
                 f"{schema.FORMAT_VERSION}: upgrade prep-bases"
             )
-        self.attrs: dict[str, Any] = schema.attributes(root, _REQUIRED)
+        self.attrs: dict[str, Any] = schema.attributes(root, ROOT)
         self.location, self.root = location, root
 
     def __repr__(self) -> str:
@@ -74,16 +73,20 @@ class Store:
         if self.status != "complete":
             raise StoreError(f"{self.location} is not complete: run the same `prep covariance` command again")
         try:
-            return Moments(schema.child(self.root, "moments"))
+            return Moments(schema.child(self.root, "moments"), self.attrs.get("moments"))
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{self.location}/moments is missing or damaged: restore the store from a copy") from error
 
     @property
     def bases(self) -> Bases:
-        """The bases by name."""
-        if self.status != "complete":
+        """The bases by name, each with a status of its own: they can be read while moments are added to the store.
+
+        StoreError where there is none because the store is not complete.
+        """
+        found = Bases(self.root)
+        if self.status != "complete" and not found:
             raise StoreError(f"{self.location} is not complete: run the same `prep covariance` command again")
-        return Bases(self.root)
+        return found
 
 
 def open_store(location: str | Path, mode: str = "r") -> Store:

@@ -23,7 +23,7 @@ from torch import Tensor
 from zarr.storage import LocalStore
 
 from ..errors import StoreError
-from .basis import BasisSet, LayerRecord, Place, group_arrays, group_key
+from .basis import BasisSet, LayerRecord, Place, checksums, group_arrays, group_key
 from .format import schema
 from .staging import one_line, remove_all, swap
 
@@ -168,7 +168,8 @@ class BasisWriter:
         stored = [schema.write(array, row, x[None]) for array, x in zip(arrays, (U.T, P), strict=True)]
         S, spectrum = (x.detach().to("cpu", torch.float64) for x in (S, spectrum))
         content = schema.content_hash([*stored, S.numpy(), spectrum.numpy()])
-        return LayerDone(layer, replace(record, hash=content), S, spectrum)
+        parts = checksums(arrays, row, stored, (S, spectrum))
+        return LayerDone(layer, replace(record, hash=content, checksums=parts), S, spectrum)
 
     def note(self, done: LayerDone) -> None:
         """The other part, for the process that calls `flush` and `finish`: take over S, the spectrum and the record."""

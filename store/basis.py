@@ -8,16 +8,21 @@ spectrum (n, k)   singular values of W M, float64, descending
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import zarr
 from torch import Tensor
 
 from ..errors import StoreError
 from .format import schema
+from .format.arrays import OTHER_VERSION, Region, checksum, chunk_checksums
+from .format.documents import check_size
+from .format.untrusted import BASIS
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class LayerRecord:
     """What is known of one layer's basis without reading its arrays.
 
     rank: stored directions; energy: their share of sum S^2; tail: sqrt of the sum of S_i^2 of all others, which is
-    ||(W - U S P) M||_F; bound: certified factor of tail^2 over its optimum (1 where the solver is exact).
+    ||(W - U S P) M||_F; bound: certified factor of tail^2 over its optimum (1 where the solver is exact). hash: of U,
+    P, S and the spectrum, by which `verify` knows them; checksums: of their parts, by which a slice is known.
     """
 
     shape: tuple[int, int]
@@ -39,22 +45,38 @@ class LayerRecord:
     weight_hash: str
     weight_dtype: str
     hash: str = ""
+    checksums: str = ""
 
 
 Place = tuple[tuple[int, int], str]  # shape (d_out, d_in) and role of an array
-_RECORD_TYPES = {"int": (int,), "float": (int, float), "str": (str,)}
+_FIELDS = {field.name for field in fields(LayerRecord)}
+_DIGITS = 8  # of a checksum
 
 
 def _record(layer: str, found: dict[str, Any], layers: list[str], rank: int) -> LayerRecord:
     """One record as the attributes give it, checked against its group's layers and rank."""
-    record = LayerRecord(**{**found, "shape": schema.check_shape(found["shape"], layer)})
-    for field in fields(LayerRecord):
-        kinds = _RECORD_TYPES.get(str(field.type))
-        if kinds and type(getattr(record, field.name)) not in kinds:
-            raise ValueError(field.name)
-    if layers[record.index] != layer or record.index < 0 or not 1 <= record.rank <= rank:
+    given = {name: value for name, value in found.items() if name in _FIELDS}
+    record = LayerRecord(**{**given, "shape": schema.check_shape(found["shape"], layer)})
+    if not 0 <= record.index < len(layers) or layers[record.index] != layer or not 1 <= record.rank <= rank:
+        raise ValueError(layer)
+    digits = _DIGITS * 2 * (_slabs(rank) + 1)
+    if record.checksums and (len(record.checksums) != digits or not re.fullmatch("[0-9a-f]+", record.checksums)):
         raise ValueError(layer)
     return record
+
+
+def _slabs(rank: int) -> int:
+    """Chunks of a layer's U or P."""
+    return -(-rank // schema.SLAB)
+
+
+def checksums(arrays: Sequence[schema.Array], row: Region, stored: Sequence[np.ndarray], rows: Sequence[Tensor]) -> str:
+    """`checksums` of a record: crc32c of the chunks of U, then of P, as they were written to `row` of their arrays,
+    then of S (r,) and the spectrum (k,), 8 hexadecimal digits each.
+    """
+    found = [crc for array, part in zip(arrays, stored, strict=True) for crc in chunk_checksums(array, row, part)]
+    found += [checksum(values.contiguous().numpy()) for values in rows]
+    return "".join(f"{crc:0{_DIGITS}x}" for crc in found)
 
 
 def group_arrays(shape: tuple[int, int], n: int, R: int, k: int, dtype: str) -> dict[str, schema.Layout]:
@@ -94,8 +116,7 @@ class BasisSet(Mapping[str, Basis]):
     """One named basis of a store: layer name -> Basis. Opening it reads attributes only."""
 
     def __init__(self, name: str, group: zarr.Group):
-        required = {"status": str, "method": dict, "dtype": str, "groups": dict, "layers": dict, "model": dict}
-        attrs = schema.attributes(group, required)
+        attrs = schema.attributes(group, BASIS)
         self.name, self._group = name, group
         self.status = str(attrs["status"])
         self.method: dict[str, Any] = attrs["method"]
@@ -104,16 +125,32 @@ class BasisSet(Mapping[str, Basis]):
         self.hash = str(attrs.get("hash", ""))
         try:
             self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
+            self._check_sizes()
             self.layers = {
                 layer: _record(layer, record, *_group_of(self._groups, record))
                 for layer, record in attrs["layers"].items()
             }
-            if self.dtype not in schema.DTYPES:
-                raise ValueError(self.dtype)
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError) as error:
             raise StoreError(f"the attributes of basis {name!r} are damaged: restore the store from a copy") from error
         self._opened: dict[Place, schema.Array] = {}
         self.expected = [layer for group in self._groups.values() for layer in group["layers"]]
+        if self.status == "complete":
+            self._check_complete()
+
+    def _check_sizes(self) -> None:
+        """StoreError where an array would be larger than is believed."""
+        for shape in self._groups:
+            for role, layout in self.arrays(shape).items():
+                check_size(layout, self.dtype, f"{self._group.store_path}/{group_key(shape)}/{role}")
+
+    def _check_complete(self) -> None:
+        """StoreError unless the records are those of all layers, and those that the basis was finished with."""
+        if sorted(self.layers) != sorted(self.expected):
+            raise StoreError(f"the records of basis {self.name!r} are not those of its groups' layers: it is damaged")
+        if self.hash != schema.content_hash(f"{layer} {self.layers[layer].hash}" for layer in sorted(self.layers)):
+            raise StoreError(
+                f"the hash of basis {self.name!r} is not that of its records: restore the store from a copy"
+            )
 
     def __repr__(self) -> str:
         return f"BasisSet({self.name!r}, {len(self.layers)} layers, {self.method})"
@@ -139,17 +176,21 @@ class BasisSet(Mapping[str, Basis]):
         for layer in wanted:
             if layer not in self.layers:
                 raise StoreError(f"basis {self.name!r} does not hold the layer {layer}; `prep info` lists its layers")
-        arrays = self.open_arrays({self.layers[layer].shape for layer in wanted}, ("U", "S", "P"))
-        regions = []
+        arrays = self.open_arrays({self.layers[layer].shape for layer in wanted}, ("U", "P", "S"))
+        regions: list[tuple[schema.Array, Region]] = []
+        known: dict[str, int] = {}
         for layer in wanted:
             record = self.layers[layer]
-            row, directions = slice(record.index, record.index + 1), slice(0, rank)
-            regions += [(arrays[record.shape, role], (row, directions)) for role in "USP"]
-        values = iter(schema.read_each(regions))
+            row, own = slice(record.index, record.index + 1), [arrays[record.shape, role] for role in "UPS"]
+            # S comes whole, as its chunk does: its checksum is that of all directions
+            regions += zip(own, ((row, slice(0, rank)), (row, slice(0, rank)), (row,)), strict=True)
+            known |= _chunks_of(record, own[:2])
+        values = iter(schema.read_each(regions, known))
         out = {}
         for layer in wanted:
-            U, S, P = (next(values)[0] for _ in "USP")
-            out[layer] = Basis(U.T, S, P, self.layers[layer], partial(self._read_spectrum, layer))
+            U, P, S = (next(values)[0] for _ in "UPS")
+            self._check_row(layer, "S", S)
+            out[layer] = Basis(U.T, S[:rank], P, self.layers[layer], partial(self._read_spectrum, layer))
         return out
 
     def command(self, rank: int) -> str:
@@ -183,7 +224,26 @@ class BasisSet(Mapping[str, Basis]):
     def _read_spectrum(self, layer: str) -> Tensor:
         record = self.layers[layer]
         array = self.open_arrays([record.shape], ["spectrum"])[record.shape, "spectrum"]
-        return schema.read(array, (slice(record.index, record.index + 1),))[0]
+        spectrum = schema.read(array, (slice(record.index, record.index + 1),))[0]
+        self._check_row(layer, "spectrum", spectrum)
+        return spectrum
+
+    def _check_row(self, layer: str, role: str, row: Tensor) -> None:
+        """StoreError if a layer's row of S or of the spectrum is not the one that its record knows."""
+        record, last = self.layers[layer], role == "spectrum"
+        known = record.checksums[-_DIGITS:] if last else record.checksums[-2 * _DIGITS : -_DIGITS]
+        if known and checksum(row.numpy()) != int(known, 16):
+            where = f"{self._group.store_path}/{group_key(record.shape)}/{role}"
+            raise StoreError(f"{where} (row {record.index}, {layer}) is {OTHER_VERSION}: restore the store from a copy")
+
+
+def _chunks_of(record: LayerRecord, arrays: Sequence[schema.Array]) -> dict[str, int]:
+    """The checksums of a layer's chunks of U and P, by their files, as far as its record has them."""
+    if not record.checksums:
+        return {}
+    slabs = _slabs(arrays[0].layout.shape[1])
+    files = [f"{array.path}/c/{record.index}/{i}/0" for array in arrays for i in range(slabs)]
+    return {file: int(record.checksums[_DIGITS * i : _DIGITS * (i + 1)], 16) for i, file in enumerate(files)}
 
 
 def group_key(shape: tuple[int, int]) -> str:

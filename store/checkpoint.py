@@ -13,7 +13,7 @@ import zarr
 from zarr.core.sync import sync
 
 from .format import schema
-from .moments import SiteData, read_site, write_site
+from .moments import SiteData, read_site, seal_sites, write_site
 
 
 def begin_slot(root: zarr.Group) -> int:
@@ -46,11 +46,12 @@ def read_sums(root: zarr.Group, slot: int, site: str) -> SiteData:
 
 
 def finish(root: zarr.Group, attrs: Mapping[str, Any]) -> None:
-    """Remove the slots, then set root attributes and forget the checkpoint in one step.
+    """Seal the sites and remove the slots, then set root attributes and forget the checkpoint in one step.
 
     By then the checkpoint names no sites, so that a run killed between the two does not miss the slots.
     """
+    seal = seal_sites(root)
     sync(root.store.delete_dir("checkpoint"))
     schema.remove_partial(root)
     kept = {name: value for name, value in root.attrs.items() if name != "checkpoint"}
-    schema.put_attributes(root, {**kept, **attrs})
+    schema.put_attributes(root, {**kept, **attrs, "moments": seal})

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import zarr
 
-from ..errors import StoreError
 from .artifact import Store
 from .bases import Bases
 from .basis import BasisSet
 
 
-def _readable(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Attributes that are not what the format says end in a StoreError."""
-
-    @functools.wraps(function)
-    def checked(given: Any) -> Any:
-        try:
-            return function(given)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise StoreError(f"the store's attributes are not those of the format: {error!r}") from error
-
-    return checked
-
-
-@_readable
 def info(store: Store) -> dict[str, Any]:
     """Model, corpus, moments and bases of a store with counts, sizes in bytes and captured energy by kind of layer.
 
@@ -103,7 +87,6 @@ def _stored_bytes(group: zarr.Group) -> int | None:
     return sum(file.stat().st_size for file in (path / group.path).rglob("*") if file.is_file())
 
 
-@_readable
 def table(found: dict[str, Any]) -> list[str]:
     """The lines that `prep info` prints of an `info`."""
     model, corpus, moments = found["model"], found["corpus"], found["moments"]
@@ -115,16 +98,7 @@ def table(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"model    {model['id'] or 'a module'}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})"
     )
-    if corpus and "parts" in corpus:
-        lines.append(f"corpus   pool of {len(corpus['parts'])} stores, {corpus['tokens']:,} tokens")
-        for part in corpus["parts"]:
-            tokens = part["corpus"].get("tokens", 0)
-            lines.append(f"         {part['weight']:g} x {part['corpus'].get('source', 'a pool')}, {tokens:,} tokens")
-    elif corpus and corpus["source"] == "batches":
-        lines.append(f"corpus   {corpus.get('batches', '?')} batches, {corpus.get('tokens', 0):,} tokens")
-    elif corpus:
-        shape = f"{corpus['num_sequences']} x {corpus['seq_len']}, {'packed' if corpus['pack'] else 'padded'}"
-        lines.append(f"corpus   {corpus['source']}, {corpus['split']}: {shape}, {corpus['tokens']:,} tokens")
+    lines += _corpus(corpus) if corpus else []
     if moments:
         kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
         lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds})")
@@ -134,7 +108,7 @@ def table(found: dict[str, Any]) -> list[str]:
         rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "dtype", "MB"]]
         for name, basis in bases.items():
             method = basis["method"]
-            damping = f"{method['damping']:g}" if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
+            damping = _short(method.get("damping")) if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
             count = f"{basis['layers']}" if basis["status"] == "complete" else f"{basis['layers']} of {basis['of']}"
             energy = "" if basis["energy"] is None else f"{basis['energy']:.3f}"
             plain = method["metric"] in ("identity", "components")
@@ -142,8 +116,8 @@ def table(found: dict[str, Any]) -> list[str]:
                 [
                     name,
                     method["metric"],
-                    "" if plain else f"{method['power']:g}",
-                    method["select"],
+                    "" if plain else _short(method.get("power")),
+                    method.get("select", ""),
                     str(method["rank"]),
                     "" if plain else damping,
                     count,
@@ -164,6 +138,25 @@ def table(found: dict[str, Any]) -> list[str]:
         lines += ["", *_aligned(layers)]
     lines += ["", *_aligned(energies)] if bases else []
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a store may hold escape codes
+
+
+def _corpus(corpus: dict[str, Any]) -> list[str]:
+    """The lines about what was read."""
+    tokens = f"{corpus.get('tokens', 0):,} tokens"
+    if "parts" in corpus:
+        parts = [(part["weight"], part["corpus"]) for part in corpus["parts"]]
+        return [f"corpus   pool of {len(parts)} stores, {tokens}"] + [
+            f"         {weight:g} x {part.get('source', 'a pool')}, {part.get('tokens', 0):,} tokens"
+            for weight, part in parts
+        ]
+    if corpus.get("source") == "batches":
+        return [f"corpus   {corpus.get('batches', '?')} batches, {tokens}"]
+    source, split, count, length = (corpus.get(name, "?") for name in ("source", "split", "num_sequences", "seq_len"))
+    return [f"corpus   {source}, {split}: {count} x {length}, {'packed' if corpus.get('pack') else 'padded'}, {tokens}"]
+
+
+def _short(number: float | None) -> str:
+    return "" if number is None else f"{number:g}"
 
 
 def skipped_lines(skipped: Mapping[str, str]) -> list[str]:

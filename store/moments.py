@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 import zarr
 from torch import Tensor
 
 from ..errors import StoreError
 from .format import schema
+from .format.arrays import OTHER_VERSION, Region
+from .format.documents import check_size
+from .format.untrusted import MOMENTS, SITE
 
-KINDS = ("full", "diagonal", "output")
+VECTORS = ("mean", "diagonal")
 MOMENT_DTYPES = ("float64", "float32")
 
 
@@ -54,22 +58,29 @@ def site_arrays(kind: str, members: Mapping[str, tuple[int, int]]) -> dict[str, 
 
 
 class LayerMoment:
-    """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`."""
+    """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`.
 
-    def __init__(self, layer: str, site: str, group: zarr.Group):
-        attrs = schema.attributes(group, {"kind": str, "members": dict, "count": int, "hash": str})
+    sealed: the site's hash as /moments has it, "" where it has none.
+    """
+
+    def __init__(self, layer: str, site: str, group: zarr.Group, sealed: str = ""):
+        attrs = schema.attributes(group, SITE)
         self.layer, self.site, self.kind = layer, site, str(attrs["kind"])
         self.count = int(attrs["count"])
         self.members: dict[str, dict[str, Any]] = attrs["members"]
         self.hash = str(attrs["hash"])
-        if self.kind not in KINDS or not schema.is_count(self.count):
+        self._hashes: dict[str, str] = attrs["arrays"]
+        if not schema.is_count(self.count):
             raise StoreError(f"{group.store_path} has the kind {self.kind!r} of {self.count} tokens: it is damaged")
+        if sealed not in ("", self.hash):
+            raise StoreError(f"{group.store_path} is {OTHER_VERSION}: restore the store from a copy")
         shapes = {name: schema.check_shape(member["shape"], name) for name, member in self.members.items()}
         if len({d_in for _, d_in in shapes.values()}) != 1:
             raise StoreError(f"{group.store_path} has members of several widths: it is damaged")
         self.shape = shapes[layer]
         self.weight_hash = str(self.members[layer]["weight_hash"])
         self.arrays = site_arrays(self.kind, shapes)
+        _check_hashes(group, attrs, self.arrays)
         self._group = group
 
     def __repr__(self) -> str:
@@ -100,7 +111,8 @@ class LayerMoment:
         return self._vector("mean")
 
     def _vector(self, name: str) -> Tensor:
-        return schema.read(schema.open_array(self._group, name, self.arrays[name]))
+        [(_, vector)] = _parts(schema.open_array(self._group, name, self.arrays[name]), self._hashes[name])
+        return vector
 
     def _symmetric(self, name: str) -> Tensor:
         """Read from the lower-triangle chunks; the strict upper triangle is mirrored."""
@@ -109,9 +121,9 @@ class LayerMoment:
             C = torch.empty(array.layout.shape, dtype=schema.DTYPES[array.dtype])
         except RuntimeError as error:
             raise StoreError(f"{array} does not fit into memory: {array.layout.shape} in {array.dtype}") from error
-        for a, b in schema.panels(len(C)):
-            C[a:b, :b] = schema.read(array, (slice(a, b), slice(0, b)))
-            C[:a, a:b] = C[a:b, :a].T
+        for (rows, columns), panel in _parts(array, self._hashes[name]):
+            C[rows, columns] = panel
+            C[: rows.start, rows] = panel[:, : rows.start].T
         return C
 
     def _need(self, kind: str, what: str) -> None:
@@ -123,30 +135,42 @@ class LayerMoment:
 
 
 class Moments(Mapping[str, LayerMoment]):
-    """All moments of a store. Keys are layer names; every member of a site finds the site's moments."""
+    """All moments of a store. Keys are layer names; every member of a site finds the site's moments.
 
-    def __init__(self, group: zarr.Group):
-        attrs = schema.attributes(group, {"sites": dict})
+    sealed: the hash of all sites as the store's root has it, None where it has none. StoreError where the attributes
+    of /moments are damaged or of another version.
+    """
+
+    def __init__(self, group: zarr.Group, sealed: str | None = None):
+        attrs = schema.attributes(group, MOMENTS)
         self._group = group
         self.sites: dict[str, list[str]] = attrs["sites"]
         self.skipped: dict[str, str] = attrs.get("skipped", {})
+        self._hashes: dict[str, str] = attrs.get("hashes", {})
         for site, layers in self.sites.items():
             schema.check_name(site, "site")
             for layer in layers:
                 schema.check_name(layer, "layer")
+            if not layers:
+                raise StoreError(f"{group.store_path} gives the site {site} no layer: the store is damaged")
+        if sealed is not None and (self._hashes.keys() != self.sites.keys() or sealed != _combined(self._hashes)):
+            raise StoreError(f"{group.store_path} is {OTHER_VERSION}: restore the store from a copy")
         self._site_of = {layer: site for site, layers in self.sites.items() for layer in layers}
 
     def __getitem__(self, layer: str) -> LayerMoment:
         if layer not in self._site_of:
-            reason = self.skipped.get(layer)
+            reason = " ".join(self.skipped.get(layer, "").split())
             raise StoreError(
                 f"the store has no moments of {layer}" + (f": {reason}" if reason else "; `prep info` lists its layers")
             )
         site = self._site_of[layer]
         try:
-            return LayerMoment(layer, site, schema.child(self._group, site))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found = LayerMoment(layer, site, schema.child(self._group, site), self._hashes.get(site, ""))
+        except (KeyError, ValueError) as error:
             raise StoreError(f"the moments of {site} are missing or damaged: restore the store from a copy") from error
+        if set(found.members) != set(self.sites[site]):
+            raise StoreError(f"{self._group.store_path}/{site} lists other members than /moments: it is damaged")
+        return found
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._site_of
@@ -169,10 +193,22 @@ def skip_sites(root: zarr.Group, reasons: Mapping[str, str]) -> None:
     if not reasons:
         return
     group = schema.child(root, "moments")
-    attrs = schema.attributes(group, {"sites": dict, "skipped": dict})
+    attrs = schema.attributes(group, {**MOMENTS, "skipped": {str: str}})
     skipped = {layer: reason for site, reason in reasons.items() for layer in attrs["sites"][site]}
     sites = {site: layers for site, layers in attrs["sites"].items() if site not in reasons}
     schema.put_attributes(group, {**attrs, "sites": sites, "skipped": {**attrs["skipped"], **skipped}})
+
+
+def seal_sites(root: zarr.Group) -> str:
+    """Note the hash of every site in /moments, and return the hash of them all, for the root's attribute `moments`.
+
+    For the end of a calibration: from then on a site of another one is not read.
+    """
+    group = schema.child(root, "moments")
+    attrs = schema.attributes(group, MOMENTS)
+    hashes = {site: schema.attributes(schema.child(group, site), SITE)["hash"] for site in attrs["sites"]}
+    schema.put_attributes(group, {**attrs, "hashes": hashes})
+    return _combined(hashes)
 
 
 def write_sites(root: zarr.Group, sites: Mapping[str, SiteData], dtype: str, skipped: Mapping[str, str]) -> None:
@@ -207,40 +243,70 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
                 schema.write(array, (slice(a, b), slice(0, b)), panel)
                 for (a, b), panel in zip(schema.panels(d), value, strict=True)
             )
-    members, content = data.members, schema.content_hash(f"{path} {hashes[path]}" for path in sorted(hashes))
-    attrs = {"kind": data.kind, "members": members, "count": data.count, "hash": content, "arrays": hashes}
-    schema.put_attributes(target, attrs)
+    attrs = {"kind": data.kind, "members": data.members, "count": data.count, "arrays": hashes}
+    schema.put_attributes(target, {**attrs, "hash": _combined(hashes)})
 
 
 def read_site(group: zarr.Group, site: str) -> SiteData:
     """One site as `write_site` wrote it, symmetric matrices as panels. StoreError if it is damaged."""
     try:
         found = schema.child(group, site)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise StoreError(f"{group.store_path}/{site} is missing or damaged: restore the store from a copy") from error
-    attrs = schema.attributes(found, {"kind": str, "members": dict, "count": int, "arrays": dict})
-    names = set(attrs["arrays"])
-    shapes = {layer: schema.check_shape(member.get("shape"), layer) for layer, member in attrs["members"].items()}
-    layouts = site_arrays(attrs["kind"], shapes) if shapes else {}  # the sums of a checkpoint name no members
-    if shapes and names != set(layouts):
-        raise StoreError(f"{found.store_path} does not hold the arrays of its kind: it is damaged")
-
-    def vector(name: str) -> Tensor:
-        layout = layouts.get(name) or schema.vector(schema.stored_shape(found, name)[0], *MOMENT_DTYPES)
-        return schema.read(schema.open_array(found, name, layout))
-
-    def symmetric(name: str) -> list[Tensor]:
-        layout = layouts.get(name) or schema.symmetric(schema.stored_shape(found, name)[0], *MOMENT_DTYPES)
-        array = schema.open_array(found, name, layout)
-        return [schema.read(array, (slice(a, b), slice(0, b))) for a, b in schema.panels(layout.shape[0])]
-
-    outputs = {name.split("/", 1)[1]: symmetric(name) for name in sorted(names) if name.startswith("output/")}
+    attrs = schema.attributes(found, SITE)
+    hashes: dict[str, str] = attrs["arrays"]
+    shapes = {layer: schema.check_shape(member["shape"], layer) for layer, member in attrs["members"].items()}
+    # the sums of a checkpoint name no members
+    layouts = site_arrays(attrs["kind"], shapes) if shapes else {name: _own_layout(found, name) for name in hashes}
+    _check_hashes(found, attrs, layouts)
+    opened = schema.open_arrays(found, layouts)
+    parts = {name: [part for _, part in _parts(opened[name], hashes[name])] for name in layouts}
+    outputs = {name.split("/", 1)[1]: panels for name, panels in parts.items() if name.startswith("output/")}
     return SiteData(
         kind=str(attrs["kind"]),
         members=attrs["members"],
         count=int(attrs["count"]),
-        mean=vector("mean"),
-        second_moment=symmetric("second_moment") if "second_moment" in names else None,
-        diagonal=vector("diagonal") if "diagonal" in names else None,
+        mean=parts["mean"][0],
+        second_moment=parts.get("second_moment"),
+        diagonal=parts["diagonal"][0] if "diagonal" in parts else None,
         outputs=outputs or None,
     )
+
+
+def _own_layout(group: zarr.Group, name: str) -> schema.Layout:
+    """The layout of one of a site's arrays by the shape that it says it has."""
+    for part in name.split("/"):
+        schema.check_name(part, "array")
+    shape = schema.stored_shape(group, name)
+    if not shape or not schema.is_count(shape[0], 1):
+        raise StoreError(f"{group.store_path}/{name} has the shape {shape!s:.80}: the store is damaged")
+    return (schema.vector if name in VECTORS else schema.symmetric)(shape[0], *MOMENT_DTYPES)
+
+
+def _combined(hashes: Mapping[str, str]) -> str:
+    """One hash over named ones."""
+    return schema.content_hash(f"{name} {hashes[name]}" for name in sorted(hashes))
+
+
+def _check_hashes(group: zarr.Group, attrs: Mapping[str, Any], layouts: Mapping[str, schema.Layout]) -> None:
+    """StoreError unless a site's hashes are those of its arrays, which can be as large as they are said to be."""
+    if attrs["arrays"].keys() != layouts.keys():
+        raise StoreError(f"{group.store_path} does not hold the arrays of its kind: it is damaged")
+    if attrs["hash"] != _combined(attrs["arrays"]):
+        raise StoreError(f"{group.store_path} has a hash that is not that of its arrays' hashes: it is damaged")
+    for name, layout in layouts.items():
+        check_size(layout, layout.dtypes[0], f"{group.store_path}/{name}")
+
+
+def _parts(array: schema.Array, known: str) -> Iterator[tuple[Region, Tensor]]:
+    """A vector, or a symmetric matrix panel by panel, with their places; StoreError at the end of one whose hash is
+    not `known`.
+    """
+    digest, layout = xxhash.xxh3_128(), array.layout
+    panels = [(slice(a, b), slice(0, b)) for a, b in schema.panels(layout.shape[0])]
+    for region in panels if layout.lower else [()]:
+        part = schema.read(array, region)
+        digest.update(part.numpy().data)
+        yield region, part
+    if digest.hexdigest() != known:
+        raise StoreError(f"{array} is {OTHER_VERSION}: restore the store from a copy")

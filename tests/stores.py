@@ -1,11 +1,15 @@
 """Plain readings of whole stores, and of their files, for the tests of the store."""
 
+import contextlib
+import resource
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 from prep.store import open_store
 
 RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
+GIGABYTE = 2**30
 
 
 def everything(path):
@@ -32,3 +36,23 @@ def files(path):
 
 def flip(raw, position, mask):
     return raw[:position] + bytes([raw[position] ^ mask]) + raw[position + 1 :]
+
+
+@contextlib.contextmanager
+def bounded(seconds=60, extra=GIGABYTE):
+    """No more than a gigabyte of address space on top of what is there, and an end in any case."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def late(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

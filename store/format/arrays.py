@@ -23,6 +23,7 @@ from .documents import BF16_NAN, DTYPES, MAX_DOCUMENT, Layout, array_document, c
 from .files import fetch_each, put_each
 
 Region = tuple[slice, ...]
+OTHER_VERSION = "not the one that the metadata speak of, but of another version"
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ def open_array(group: zarr.Group, path: str, layout: Layout) -> Array:
     return open_arrays(group, {path: layout})[path]
 
 
-def read_each(regions: Sequence[tuple[Array, Region]]) -> list[Tensor]:
+def read_each(regions: Sequence[tuple[Array, Region]], checksums: Mapping[str, int] | None = None) -> list[Tensor]:
     """Regions of arrays of one store as tensors of the arrays' dtypes; a chunk's file is read once for all of them.
 
-    StoreError if a chunk is missing, of another size or fails its checksum, or a region holds NaN or Inf.
+    checksums: the crc32c that chunks must have, by path of the file, as far as it is known. StoreError if a chunk is
+    missing, of another size or fails a checksum, or a region holds NaN or Inf.
     """
+    known = checksums or {}
     values: list[np.ndarray] = []
     uses: dict[str, tuple[Array, list[tuple[np.ndarray, Region]]]] = {}
     for array, region in regions:
@@ -83,7 +86,7 @@ def read_each(regions: Sequence[tuple[Array, Region]]) -> list[Tensor]:
 
     def place(key: str, raw: bytes | None) -> None:
         array, targets = uses[key]
-        chunk = _decoded(array, key, raw)
+        chunk = _decoded(array, key, raw, known.get(key))
         for target, inside in targets:
             target[...] = chunk[inside]
             if not _finite(target, array.dtype):
@@ -121,19 +124,35 @@ def as_stored(values: Tensor, dtype: str) -> np.ndarray:
     return np.asarray((cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy(), storage_dtype(dtype))
 
 
+def checksum(values: np.ndarray) -> int:
+    """crc32c of the bytes of contiguous values."""
+    return google_crc32c.value(values)
+
+
+def chunk_checksums(array: Array, region: Region, stored: np.ndarray) -> list[int]:
+    """crc32c of the chunks that `write` made of a region and returned as `stored`, in the order of the chunks."""
+    cover = array.layout.cover(array.layout.bounds(region))
+    return [checksum(_padded(array, stored[outside])) for _, outside, _ in cover]
+
+
 def _encoded(array: Array, part: np.ndarray) -> bytes:
     """The file of a chunk that begins with `part`."""
+    part = _padded(array, part)
+    return b"".join((part.data, checksum(part).to_bytes(4, "little")))
+
+
+def _padded(array: Array, part: np.ndarray) -> np.ndarray:
+    """The values of a chunk that begins with `part`, contiguous."""
     if part.shape != array.layout.chunks:
         fill = BF16_NAN if array.dtype == "bfloat16" else np.nan
         padded = np.full(array.layout.chunks, fill, part.dtype)
         padded[tuple(map(slice, part.shape))] = part
         part = padded
-    part = np.ascontiguousarray(part)
-    return b"".join((part.data, google_crc32c.value(part).to_bytes(4, "little")))
+    return np.ascontiguousarray(part)
 
 
-def _decoded(array: Array, key: str, raw: bytes | None) -> np.ndarray:
-    """The values of a chunk, after checking size and checksum."""
+def _decoded(array: Array, key: str, raw: bytes | None, known: int | None) -> np.ndarray:
+    """The values of a chunk, after checking size and checksum; known: what the checksum must be."""
     size, dtype = array.chunk_bytes, storage_dtype(array.dtype)
     if raw is None:
         problem = "is missing"
@@ -141,9 +160,13 @@ def _decoded(array: Array, key: str, raw: bytes | None) -> np.ndarray:
         problem = f"does not hold {size:,} bytes"
     else:
         values = np.frombuffer(raw, dtype, (size - 4) // dtype.itemsize).reshape(array.layout.chunks)
-        if google_crc32c.value(values) == int.from_bytes(raw[-4:], "little"):
-            return values
-        problem = "does not match its checksum"
+        found = checksum(values)
+        if found == int.from_bytes(raw[-4:], "little"):
+            if known is None or known == found:
+                return values
+            problem = f"is {OTHER_VERSION}"
+        else:
+            problem = "does not match its checksum"
     raise StoreError(f"{array} (chunk {key.removeprefix(array.path)[1:]}) {problem}: restore the store from a copy")
 
 

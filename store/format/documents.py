@@ -22,6 +22,7 @@ from zarr.abc.store import Store as ZarrStore
 
 from ...errors import StoreError
 from .files import fetch
+from .untrusted import loads, mismatch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BF16_NAN = 0x7FC0
@@ -96,7 +97,7 @@ def parsed(raw: bytes, node: str) -> dict[str, Any]:
     if len(raw) > MAX_DOCUMENT:
         raise ValueError(f"zarr.json is larger than {MAX_DOCUMENT / 1e6:.0f} MB")
     try:
-        found = json.loads(raw)
+        found = loads(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"zarr.json is not valid JSON: {error}") from error
     if not isinstance(found, dict) or found.get("zarr_format") != 3 or found.get("node_type") != node:
@@ -143,16 +144,21 @@ def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None
     if wrong:
         shown = ", ".join(name if name in wanted else repr(name)[:40] for name in wrong)
         raise StoreError(f"{where} has an unexpected {shown}: it is damaged, or not written by prep")
+    if check_size(layout, dtype, where) > PROBED:
+        first = next(layout.chunk_keys())
+        if len(fetch(store, f"{path}/{first}", 2, layout.chunk_bytes(dtype) - 1) or b"") != 1:
+            raise StoreError(f"{where}: chunk {first} is missing or of another size: restore the store from a copy")
+    return dtype
+
+
+def check_size(layout: Layout, dtype: str, where: str) -> int:
+    """The bytes of an array; StoreError where nothing that large is believed."""
     size, chunk = math.prod(layout.shape) * storage_dtype(dtype).itemsize, layout.chunk_bytes(dtype)
     if size > MAX_ARRAY or chunk > MAX_CHUNK:
         raise StoreError(
             f"{where} claims {size / 1e9:,.0f} GB in chunks of {chunk / 1e9:,.1f} GB: too large to be true"
         )
-    if size > PROBED:
-        first = next(layout.chunk_keys())
-        if len(fetch(store, f"{path}/{first}", 2, chunk - 1) or b"") != 1:
-            raise StoreError(f"{where}: chunk {first} is missing or of another size: restore the store from a copy")
-    return dtype
+    return size
 
 
 def _plain(value: Any) -> Any:
@@ -183,13 +189,12 @@ def put_attributes(group: zarr.Group, attrs: Mapping[str, Any]) -> None:
     group.attrs.put(sealed(attrs))
 
 
-def attributes(group: zarr.Group, required: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """A group's attributes with the required ones present and of the right type; StoreError otherwise."""
+def attributes(group: zarr.Group, pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's attributes. StoreError unless they are of a pattern (see untrusted.py) and what `attrs_hash` seals."""
     attrs = dict(group.attrs)
     seal = attrs.pop("attrs_hash", None)
-    for name, kind in required.items():
-        if not isinstance(attrs.get(name), kind) or isinstance(attrs[name], bool):
-            raise StoreError(f"{group.store_path} lacks a valid attribute {name!r}: the store is damaged")
+    if (at := mismatch(attrs, pattern)) is not None:
+        raise StoreError(f"{group.store_path} lacks a valid attribute {at[1:]!r:.200}: the store is damaged")
     if seal != _attrs_hash(attrs):
         raise StoreError(f"{group.store_path} has attributes that do not match their hash: restore it from a copy")
     return attrs

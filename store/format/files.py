@@ -1,6 +1,7 @@
 """The files of a store by name: bounded reads and atomic writes; nothing is listed.
 
-Local files are read and written as such. At URLs `AT_ONCE` files are under way, on the event loop of zarr.
+Local files are read and written as such, regular ones only: a pipe or device in their place would never end. At URLs
+`AT_ONCE` files are under way, on the event loop of zarr.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
-from zarr.abc.store import RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from ...errors import StoreError
+from .remote import get
 
 AT_ONCE = 16
 
@@ -29,7 +31,9 @@ def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | Non
     if not isinstance(store, LocalStore):
         return sync(fetch_async(store, key, limit, start))
     try:
-        with open(f"{store.root}/{key}", "rb") as file:
+        with open(f"{store.root}/{key}", "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("no regular file")
             file.seek(start)
             return file.read(limit)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -38,15 +42,19 @@ def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | Non
         raise _unreadable(store, key, error) from error
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 async def fetch_async(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | None:
     """`fetch` for use inside an event loop."""
+    if isinstance(store, LocalStore):
+        return await asyncio.to_thread(fetch, store, key, limit, start)
     try:
-        found = await store.get(key, default_buffer_prototype(), RangeByteRequest(start, start + limit))
-    except FileNotFoundError:
-        return None
+        return await get(store, key, start, start + limit)
     except Exception as error:  # each file system has its own kinds
         raise _unreadable(store, key, error) from error
-    return None if found is None else found.to_bytes()
 
 
 def fetch_each(store: ZarrStore, limits: Mapping[str, int], use: Callable[[str, bytes | None], None]) -> None:

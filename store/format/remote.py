@@ -1,10 +1,24 @@
-"""Stores at URLs: any fsspec file system. Reading asks for single files by name; nothing is listed."""
+"""Stores at URLs: any fsspec file system. Reading asks for single files by name; nothing is listed.
+
+From a web server no more than the bytes asked for is taken, whatever it sends, and `PIECE` of them must come within
+`PREP_TIMEOUT` seconds (30). Other file systems have time limits of their own.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from zarr.abc.store import RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
+from zarr.core.buffer import default_buffer_prototype
 
 from ...errors import StoreError
+
+PIECE = 2**18
+TIMEOUT = 30.0
 
 
 def url_store(url: str, read_only: bool = True) -> ZarrStore:
@@ -17,3 +31,61 @@ def url_store(url: str, read_only: bool = True) -> ZarrStore:
         raise StoreError(f'{url} needs another package ({error}): pip install "prep-bases[remote]"') from error
     except (ValueError, OSError) as error:
         raise StoreError(f"{url} cannot be opened ({error}): write it like s3://bucket/prep.zarr") from error
+
+
+async def get(store: Any, key: str, start: int, end: int) -> bytes | None:
+    """Bytes start to end of a file of an fsspec store, fewer where it ends before, None where there is none."""
+    if "http" in store.fs.protocol and hasattr(store.fs, "set_session"):
+        return await _get_http(store.fs, f"{store.path}/{key}", start, end)
+    try:
+        found = await store.get(key, default_buffer_prototype(), RangeByteRequest(start, end))
+    except FileNotFoundError:
+        return None
+    return None if found is None else found.to_bytes()
+
+
+async def _get_http(fs: Any, url: str, start: int, end: int) -> bytes | None:
+    """`get` from a web server, which may ignore the range and send the file from its beginning, or without an end."""
+    from aiohttp import ClientTimeout
+
+    seconds = _seconds()
+    headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    options = {**fs.kwargs, "headers": headers, "timeout": ClientTimeout(total=None)}
+    try:
+        async with asyncio.timeout(seconds):
+            response = await (await fs.set_session()).get(fs.encode_url(url), **options)
+        try:
+            if response.status in (404, 416):  # none, or one that ends before `start`
+                return None if response.status == 404 else b""
+            response.raise_for_status()
+            position, found = start if response.status == 206 else 0, []
+            async for piece in _pieces(response.content, end - position, seconds):
+                found.append(piece[max(start - position, 0) :])
+                position += len(piece)
+            return b"".join(found)
+        finally:
+            response.release()  # closes a connection whose response is not read to its end
+    except TimeoutError:
+        raise TimeoutError(f"it does not answer within {seconds:g} s; PREP_TIMEOUT sets another limit") from None
+
+
+async def _pieces(content: Any, size: int, seconds: float) -> AsyncIterator[bytes]:
+    """The first `size` bytes of a response in pieces of `PIECE`; TimeoutError where one is not there in time."""
+    while size > 0:
+        piece = bytearray()
+        async with asyncio.timeout(seconds):
+            while len(piece) < min(PIECE, size) and (some := await content.read(min(PIECE, size) - len(piece))):
+                piece += some
+        size -= len(piece) if len(piece) == PIECE else size
+        yield bytes(piece)
+
+
+def _seconds() -> float:
+    given = os.environ.get("PREP_TIMEOUT", "")
+    try:
+        seconds = float(given or TIMEOUT)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"PREP_TIMEOUT={given} is no number of seconds")
+    return seconds

@@ -20,6 +20,7 @@ from prep.preprocess.verify import verify
 from prep.store import BasisWriter, LayerRecord, create_store, open_store
 from prep.store.format import schema
 from prep.store.format.schema import content_hash, put_attributes, sealed
+from prep.store.moments import seal_sites
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 
@@ -177,6 +178,7 @@ def rewritten(store, path, name, change):
     attrs["arrays"] = attrs["arrays"] | parts
     attrs["hash"] = content_hash(f"{key} {attrs['arrays'][key]}" for key in sorted(attrs["arrays"]))
     put_attributes(group, attrs)
+    put_attributes(root, {**root.attrs, "moments": seal_sites(root)})
 
 
 def test_an_indefinite_moment_is_found(store):

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import workers
-from stores import RUN, everything, files, flip
+from stores import RUN, bounded, everything, files, flip
 from workers import one_thread  # noqa: F401
 
 import prep
@@ -50,6 +51,10 @@ def made(tmp_path_factory):
 # Servers
 
 
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # with the five by default, readers of many files wait to be let in
+
+
 @pytest.fixture(scope="module")
 def web(made):
     """A web server over the store's directory that notes its requests."""
@@ -65,7 +70,7 @@ def web(made):
         def log_error(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/prep.zarr", log=log, prefix="/prep.zarr/")
     server.shutdown()
@@ -294,10 +299,159 @@ def test_a_connection_that_breaks_is_no_damage(made, tmp_path):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gone)
+    server = Server(("127.0.0.1", 0), Gone)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/prep.zarr"
     with pytest.raises(StoreError, match=r"mean/c/0 cannot be read \(503.*check path, permission and connection"):
         _ = open_store(url).moments["model.layers.1.mlp.down_proj"].mean
     server.shutdown()
     server.server_close()
+
+
+# Servers that do harm
+
+
+class Harm(http.server.BaseHTTPRequestHandler):
+    """Serves the store's directory, and does to the files whose path holds `at` what `how` says."""
+
+    root: Path
+    at = how = ""
+    sent = 0  # bytes of the endless files
+
+    def do_GET(self):
+        content = Path(f"{self.root}{self.path}").read_bytes()
+        if self.at not in self.path:
+            return self.answer(content, len(content))
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            getattr(self, self.how)(content)
+        return None
+
+    def answer(self, content, length):
+        self.send_response(200)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def silent(self, _):
+        self.server.over.wait()
+
+    def stalls(self, content):
+        self.answer(content[: len(content) // 2], len(content))
+        self.server.over.wait()
+
+    def trickles(self, content):
+        self.answer(b"", len(content))
+        for byte in content:
+            self.wfile.write(bytes([byte]))
+            if self.server.over.wait(0.2):
+                break
+
+    def endless(self, content, length=None):
+        self.answer(content, length)
+        while not self.server.over.is_set():
+            type(self).sent += self.wfile.write(bytes(2**16))
+
+    def longer(self, content):
+        self.endless(content, 2**40)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def harmful(made, monkeypatch):
+    """A function that starts a harmful server and gives its URL; readers wait a second for an answer."""
+    monkeypatch.setenv("PREP_TIMEOUT", "1")
+    servers = []
+
+    def start(how, at):
+        handler = type("Handler", (Harm,), {"root": made.path, "how": how, "at": at})
+        server = Server(("127.0.0.1", 0), handler)
+        server.daemon_threads, server.over = True, threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/prep.zarr", handler
+
+    yield start
+    for server in servers:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [
+        ("silent", "prep.zarr/zarr.json"),
+        ("silent", "P/zarr.json"),
+        ("stalls", "full/zarr.json"),
+        ("stalls", "P/c/0/0/0"),
+        ("trickles", "prep.zarr/zarr.json"),
+        ("trickles", "P/c/0/0/0"),
+    ],
+)
+def test_a_server_that_stalls_ends_an_attach(made, harmful, how, at):
+    url, _ = harmful(how, at)
+    model = made.build()
+    with (
+        bounded(30),
+        pytest.raises(StoreError, match=r"cannot be read \(it does not answer within 1 s; PREP_") as caught,
+    ):
+        prep.attach(model, url, rank=RANK)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not any("core" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(("at", "limit"), [("prep.zarr/zarr.json", 40_000_001), ("P/c/0/0/0", SLAB * 48 * 4 + 5)])
+@pytest.mark.parametrize("how", ["endless", "longer"])
+def test_no_more_is_read_than_was_asked_for(made, harmful, how, at, limit):
+    url, server = harmful(how, at)
+    with bounded(30), pytest.raises(StoreError, match=r"larger than 40 MB|does not hold .* bytes"):
+        prep.attach(made.build(), url, rank=RANK)
+    assert server.sent < limit + 2**25  # what the buffers of two sockets hold
+
+
+def test_parts_of_files_with_and_without_ranges(made, web, shelf):
+    """The web server of Python ignores ranges, S3 does not."""
+    key = "moments/model.layers.1.mlp.down_proj/mean/c/0"
+    whole = (made.store / key).read_bytes()
+    for url in (str(made.store), web.url, shelf.url, "memory://parts/prep.zarr"):
+        if url.startswith("memory"):
+            push(made.store, url)
+        files = schema.zarr_store(url, read_only=True)
+        for start, limit in [(0, 10), (7, 10), (len(whole) - 1, 2), (0, len(whole)), (0, len(whole) + 1)]:
+            assert schema.fetch(files, key, limit, start) == whole[start : start + limit], (url, start, limit)
+        assert schema.fetch(files, key, 5, len(whole) + 10) == b"", url
+        assert schema.fetch(files, f"{key}x", 5) is None, url
+
+
+def test_a_limit_that_is_none(made, web, monkeypatch):
+    for value in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("PREP_TIMEOUT", value)
+        with pytest.raises(StoreError, match=f"PREP_TIMEOUT={value} is no number of seconds"):
+            open_store(web.url)
+
+
+# Local files that are none
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "bases/full/zarr.json", "bases/full/32x48/P/c/0/0/0"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_only_regular_files_are_read(made, tmp_path, name, kind):
+    store = shutil.copytree(made.store, tmp_path / "s.zarr")
+    (store / name).unlink()
+    os.mkfifo(store / name) if kind == "pipe" else (store / name).symlink_to("/dev/zero")
+    for action in (
+        lambda: prep.attach(made.build(), store, rank=RANK),
+        lambda: push(store, f"memory://{kind}{len(name)}/prep.zarr"),
+        lambda: pull(store, tmp_path / "copy.zarr"),
+    ):
+        with bounded(30), pytest.raises(StoreError, match=r"cannot be read \(no regular file\)") as caught:
+            action()
+        assert len(str(caught.value).splitlines()) == 1
+    linked = tmp_path / "linked"
+    (store / name).unlink()
+    (store / name).rename(linked) if (store / name).exists() else shutil.copy(made.store / name, linked)
+    (store / name).symlink_to(linked)
+    prep.attach(made.build(), store, rank=RANK)  # a link to a regular file is one

@@ -99,7 +99,12 @@ def stacked(tmp_path, monkeypatch):
     for dtype in schema.DTYPES:
         group = {"layers": layers, "rank": 7, "spectrum": 8}
         writer = prep.store.BasisWriter.create(
-            root, dtype, method={"rank": 7}, dtype=dtype, model={"id": "m"}, groups={(9, 8): group}
+            root,
+            dtype,
+            method={"metric": "identity", "rank": 7},
+            dtype=dtype,
+            model={"id": "m"},
+            groups={(9, 8): group},
         )
         for i, layer in enumerate(layers):
             parts = [torch.randn(size, generator=draw, dtype=torch.float64) for size in ((9, 7), (7,), (7, 8), (8,))]

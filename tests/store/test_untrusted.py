@@ -3,9 +3,7 @@
 import contextlib
 import copy
 import json
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import tiny
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import RUN, everything
+from stores import GIGABYTE, RUN, bounded, everything
 
 import prep
 from prep import StoreError
@@ -23,7 +21,6 @@ from prep.store.format.schema import sealed
 from prep.store.info import info, table
 
 SITE = "model.layers.1.mlp.down_proj"
-GIGABYTE = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +63,6 @@ def look(path):
     table(info(whole))
     everything(path)
     return verify(path)
-
-
-@contextlib.contextmanager
-def bounded(seconds=60, extra=GIGABYTE):
-    """No more than a gigabyte of address space on top of what is there, and an end in any case."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-
-    def late(*_):
-        raise TimeoutError("hangs")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def refused(path, match):
