@@ -24,7 +24,7 @@ from ...store.checkpoint import begin_slot, finish, read_checkpoint, read_sums, 
 from ...store.format.schema import disk_guard, put_attributes
 from ...store.lock import writer_lock
 from ...store.moments import skip_sites
-from ...store.staging import put_in_place, recover, resolved
+from ...store.staging import put_in_place, resolved
 from ..corpus.source import Source
 from ..distributed import World
 from ..model.forward import evaluating
@@ -136,7 +136,6 @@ class Calibration:
         """Take the lock and look: where the run is kept, whether it is there, whether it is done, where it stands."""
         options, where = self._options, {"slot": 0, "sites": [], "done": [], "batches": 0}
         stack.enter_context(writer_lock(options.store, options.break_lock))
-        recover(options.store)
         path, found = find(options, self._run)
         self._existing = found
         if found is None:

@@ -19,7 +19,6 @@ from ...store import BasisSet, BasisWriter, LayerRecord, Moments, create_store, 
 from ...store.bases import LayerDone
 from ...store.format.schema import content_hash, disk_guard
 from ...store.lock import writer_lock
-from ...store.staging import recover
 from ..distributed import World, dealt
 from ..model import loading
 from ..numerics.methods import Method
@@ -91,7 +90,6 @@ class Decomposition:
         """Take the lock, begin or find the basis, and list the layers to do; None where it is complete."""
         request, options = self._request, self._request.options
         stack.enter_context(writer_lock(options.store, options.break_lock))
-        recover(options.store)
         if request.store is None:
             self._store_without_moments()
         basis = same_basis(request)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import PrepError
 from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ...store.format.schema import check_writable_name
 from ..corpus.source import Source, Text
 from ..corpus.text import Corpus
 from ..numerics.accumulators import moment_kind
@@ -42,6 +43,8 @@ def observe(module: nn.Module, source: Source, options: CovarianceOptions) -> Ne
     if isinstance(source, Text):
         check_fits(module, source.corpus)
     layers = target_layers(module, options.targets, options.exclude, options.layers)
+    for name in layers:
+        check_writable_name(name, "layer")
     weights = {name: weight_record(name, layer) for name, layer in layers.items()}  # a forward may repack them
     forward = source.forward(module, layers)
     with evaluating(module):

@@ -338,3 +338,18 @@ def test_padding_that_cannot_be_told_from_tokens_is_an_error(tmp_path):
     batches = [{"x": x, "attention_mask": mask}]
     with pytest.raises(PrepError, match=r"the input of experts\.0 has 8 rows in batch 0 of 15 tokens, so its padding"):
         prep.covariance(Lists(), batches=batches, store=tmp_path / "b", quiet=True)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "a\nb", "zarr.json", "up.partial", ".hidden", "x" * 300])
+def test_names_that_a_store_cannot_keep_are_refused_before_the_pass(name, tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._modules[name] = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self._modules[name](x)
+
+    with pytest.raises(StoreError, match="cannot name a layer in a store") as refused:
+        prep.covariance(Named(), batches=[torch.ones(2, 4)], store=tmp_path / "s", quiet=True)
+    assert len(str(refused.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
