@@ -85,7 +85,7 @@ def basis_of(layer: nn.Linear, rank: int) -> Path:
     record = LayerRecord(
         shape, 0, len(found.S), found.energy, found.tail, found.numerical_rank, "gram", 1.0, weight_hash(W), "float32"
     )
-    writer.write("0", *map(torch.from_numpy, (found.U, found.S, found.P, found.spectrum)), record)
+    writer.note(writer.put("0", *map(torch.from_numpy, (found.U, found.S, found.P, found.spectrum)), record))
     writer.finish()
     return path
 

@@ -45,6 +45,8 @@ from prep.preprocess.model.forward import text_forward
 from prep.preprocess.model.network import Network, weight_record
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.accumulators import moment_kind
+from prep.store import begin_moments, create_store, write_site
+from prep.store.checkpoint import finish
 from prep.store.format.schema import panels
 
 
@@ -146,13 +148,15 @@ class Bench:
 
     def store_of(self, moment: str) -> str:
         """A store with the moments, written once outside the timing."""
-        from prep.store import create_store, write_sites
-
         path = self.folder / f"{moment}.zarr"
         if not path.exists():
             described = models.describe(self.net, self.options.model, None)
             attrs = {"id": moment, "model": described, "corpus": {}, "options": {}, "status": "complete"}
-            write_sites(create_store(path, attrs).root, self.moments[moment], "float64", {})
+            root, sites = create_store(path, attrs).root, self.moments[moment]
+            begin_moments(root, {site: list(data.members) for site, data in sites.items()}, {})
+            for site, data in sites.items():
+                write_site(root["moments"], site, data, "float64")
+            finish(root, {})
         return str(path)
 
     def run_decompose(self, moment: str, solver: str) -> None:

@@ -10,15 +10,13 @@ if TYPE_CHECKING:
     from .artifact import Store, create_store, open_store
     from .bases import Bases, BasisWriter
     from .basis import Basis, BasisSet, LayerRecord
-    from .moments import LayerMoment, Moments, SiteData, begin_moments, read_site, write_site, write_sites
+    from .moments import LayerMoment, Moments, SiteData, begin_moments, read_site, write_site
 
 _EXPORTS = {
     **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
     **dict.fromkeys(("Bases", "BasisWriter"), ".bases"),
     **dict.fromkeys(("Basis", "BasisSet", "LayerRecord"), ".basis"),
-    **dict.fromkeys(
-        ("LayerMoment", "Moments", "SiteData", "begin_moments", "read_site", "write_site", "write_sites"), ".moments"
-    ),
+    **dict.fromkeys(("LayerMoment", "Moments", "SiteData", "begin_moments", "read_site", "write_site"), ".moments"),
 }
 
 __all__ = [
@@ -36,7 +34,6 @@ __all__ = [
     "open_store",
     "read_site",
     "write_site",
-    "write_sites",
 ]
 
 

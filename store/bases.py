@@ -157,10 +157,6 @@ class BasisWriter:
         group = schema.child(root, f"bases/{name if pending is None else _new(name)}")
         return cls(group, BasisSet(name, group), schema.attributes(group, {"layers": dict}))
 
-    def write(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> None:
-        """Store one layer: U (d_out, r), S (r,), P (r, d_in), spectrum (k,)."""
-        self.note(self.put(layer, U, S, P, spectrum, record))
-
     def put(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> LayerDone:
         """The part of `write` that may be done by several processes, each its own layers: store U and P."""
         row = (slice(record.index, record.index + 1),)

@@ -211,14 +211,6 @@ def seal_sites(root: zarr.Group) -> str:
     return _combined(hashes)
 
 
-def write_sites(root: zarr.Group, sites: Mapping[str, SiteData], dtype: str, skipped: Mapping[str, str]) -> None:
-    """Write the moments of every site in `dtype` (float64 or float32), replacing what /moments held."""
-    begin_moments(root, {site: list(data.members) for site, data in sites.items()}, skipped)
-    group = schema.child(root, "moments")
-    for site, data in sites.items():
-        write_site(group, site, data, dtype)
-
-
 def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None:
     """Write one site below `group` (/moments, or the slot of a checkpoint), replacing what was there."""
     arrays: dict[str, Tensor | list[Tensor]] = {"mean": data.mean}

@@ -6,10 +6,20 @@ import signal
 from dataclasses import asdict
 from pathlib import Path
 
-from prep.store import open_store
+from prep.store import begin_moments, open_store, write_site
+from prep.store.format.schema import put_attributes
+from prep.store.moments import seal_sites
 
 RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
 GIGABYTE = 2**30
+
+
+def write_moments(root, sites, dtype="float64"):
+    """All moments of a store, as a calibration leaves them. sites: name -> SiteData."""
+    begin_moments(root, {site: list(data.members) for site, data in sites.items()}, {})
+    for site, data in sites.items():
+        write_site(root["moments"], site, data, dtype)
+    put_attributes(root, {**root.attrs, "moments": seal_sites(root)})
 
 
 def everything(path):

@@ -110,7 +110,8 @@ def write_basis(root, name: str, layers: dict[str, nn.Module], rank: int, model_
             weight_hash=weight_hash(weight_matrix(module)),
             weight_dtype=str(weight_matrix(module).dtype).removeprefix("torch."),
         )
-        writer.write(layer, *(torch.from_numpy(np.ascontiguousarray(part)) for part in (U, S, P, spectrum)), record)
+        arrays = (torch.from_numpy(np.ascontiguousarray(part)) for part in (U, S, P, spectrum))
+        writer.note(writer.put(layer, *arrays, record))
     writer.finish()
 
 

@@ -15,6 +15,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.incremental_pca import IncrementalPCA
 from safetensors.torch import load_file
+from stores import write_moments
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ import prep
 from prep.adapters.peft.start import INITS
 from prep.errors import PrepError
 from prep.preprocess.numerics.methods import PUBLISHED
-from prep.store import SiteData, open_store, write_sites
+from prep.store import SiteData, open_store
 from prep.store.format.schema import panels
 
 RANK = 8
@@ -221,7 +222,7 @@ def corda(home):
         member = {"shape": list(record.shape), "weight_hash": record.weight_hash, "weight_dtype": record.weight_dtype}
         blocks = [C[a:b, :b] for a, b in panels(len(C))]
         sites[layer] = SiteData("full", {layer: member}, batch["input_ids"].numel(), torch.zeros(len(C)), blocks)
-    write_sites(store.root, sites, "float64", {})
+    write_moments(store.root, sites)
     for init in ("corda_ipm", "corda_kpm"):
         prep.decompose(place / "peft.zarr", for_=init, damping=0.01, rank=16, overwrite=True, quiet=True)
     return place

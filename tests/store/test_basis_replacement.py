@@ -37,7 +37,7 @@ def write(writer, seed, layers=tuple(LAYERS)):
     for layer in layers:
         shape = LAYERS[layer]
         record = LayerRecord(shape, GROUPS[shape]["layers"].index(layer), 2, 1.0, 0.0, 2, "exact", 1.0, "", "float32")
-        writer.write(layer, *parts(seed, layer), record)
+        writer.note(writer.put(layer, *parts(seed, layer), record))
     writer.flush()
 
 

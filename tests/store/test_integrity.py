@@ -205,7 +205,7 @@ def test_a_basis_that_is_none_is_found(made, store, wrong):
     writer = BasisWriter.resume(root, "full")
     U = one.U * 1.01 if wrong == "U" else one.U
     P = one.P * 1.01 if wrong == "P" else one.P
-    writer.write(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""}))
+    writer.note(writer.put(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""})))
     writer.finish()
     [finding] = verify(store, model=made.model).findings[:1]
     assert finding.where == f"bases/full: {layer}"
@@ -228,7 +228,7 @@ def begun(tmp_path, monkeypatch):
     def write(writer, layer):
         U, S, Vt = (torch.from_numpy(part) for part in parts[layer])
         record = LayerRecord((7, 6), layers.index(layer), 5, 1.0, 0.0, 6, "svd", 1.0, "", "float64")
-        writer.write(layer, U[:, :5], S[:5], Vt[:5], S, record)
+        writer.note(writer.put(layer, U[:, :5], S[:5], Vt[:5], S, record))
 
     writer = BasisWriter.create(
         create_store(path, attrs).root,

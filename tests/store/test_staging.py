@@ -227,7 +227,7 @@ def test_a_removal_that_was_killed_opens_no_more_and_is_finished(made, tmp_path)
         else:
             with pytest.raises(StoreError, match="is not a prep store"):
                 open_store(path)
-        create_store(path, {"id": "x", "model": {}, "status": "incomplete"})
+        create_store(path, {"id": "x", "model": {"id": "m"}, "status": "incomplete"})
         assert sorted(tiny.contents(path)) == ["zarr.json"]
     assert not path.exists()
 
@@ -281,4 +281,4 @@ def test_occupied(made, tmp_path):
     (tmp_path / "begun" / f"zarr.{'0' * 32}.partial").write_text("{")
     assert [occupied(tmp_path / name) for name in ("absent", "empty", "begun")] == [False] * 3
     assert occupied(made / "old")
-    create_store(tmp_path / "begun", {"id": "x", "model": {}, "status": "incomplete"})
+    create_store(tmp_path / "begun", {"id": "x", "model": {"id": "m"}, "status": "incomplete"})

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from stores import write_moments
 
 import prep
-from prep.store import SiteData, create_store, write_sites
+from prep.store import SiteData, create_store
 from prep.store.format import schema
 from prep.store.format.schema import panels
 
@@ -31,7 +32,7 @@ def store(tmp_path):
     members = {LAYER: {"shape": [40, 700], "weight_hash": "", "weight_dtype": "float32"}}
     blocks = [torch.from_numpy(C[a:b, :b]) for a, b in panels(700)]
     data = SiteData("full", members, len(X), torch.from_numpy(X.mean(0)), second_moment=blocks)
-    write_sites(root, {LAYER: data}, "float64", {})
+    write_moments(root, {LAYER: data})
     U, S, Vt = np.linalg.svd(W, full_matrices=False)
     writer = prep.store.BasisWriter.create(
         root,
@@ -42,7 +43,7 @@ def store(tmp_path):
         groups={(40, 700): {"layers": [LAYER], "rank": 40, "spectrum": 40}},
     )
     record = prep.store.LayerRecord((40, 700), 0, 40, 1.0, 0.0, 40, "svd", 1.0, "", "float32")
-    writer.write(LAYER, *map(torch.from_numpy, (U, S, Vt, S)), record)
+    writer.note(writer.put(LAYER, *map(torch.from_numpy, (U, S, Vt, S)), record))
     writer.finish()
     return tmp_path / "s.zarr", C, W
 
@@ -109,7 +110,7 @@ def stacked(tmp_path, monkeypatch):
         for i, layer in enumerate(layers):
             parts = [torch.randn(size, generator=draw, dtype=torch.float64) for size in ((9, 7), (7,), (7, 8), (8,))]
             record = prep.store.LayerRecord((9, 8), i, 7, 1.0, 0.0, 8, "svd", 1.0, "", "float32")
-            writer.write(layer, *parts, record)
+            writer.note(writer.put(layer, *parts, record))
             given[dtype, layer] = parts
         writer.finish()
     return path, layers, given

@@ -172,7 +172,7 @@ def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
 
     site = Site("a", ("a",), ((8, 16),))
     totals = site_sums([site], {"a": "full"})
-    root = prep.store.create_store(tmp_path / "s", {"id": "", "model": {}, "status": "incomplete"}).root
+    root = prep.store.create_store(tmp_path / "s", {"id": "", "model": {"id": "m"}, "status": "incomplete"}).root
     draw = torch.Generator().manual_seed(0)
     totals["a"].add_input(torch.randn(5, 16, generator=draw), 0)
 
