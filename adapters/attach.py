@@ -148,8 +148,8 @@ def install(
         U, S, P = parts[name]
         weight = tensors_of(module)[0]
         dtype = weight.dtype if is_plain(module) else U.dtype
-        U, P, S = U.to(weight.device, dtype), P.to(weight.device, dtype), S.to(weight.device)
-        layers[name] = AdaptedLinear(module, U, P, core.on(S, coefficient))
+        U, P, S = (part.to(weight.device) for part in (U, P, S))
+        layers[name] = AdaptedLinear(module, U, P, core.on(S, coefficient), dtype)
         if states is not None:
             _fill(name, layers[name], states[name])
     adapter = Adapter(layers, core, origin, coefficient)

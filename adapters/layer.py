@@ -15,15 +15,22 @@ from .cores import Core
 class AdaptedLinear(nn.Module):
     """A linear layer, whatever its kind or quantisation, with a core on a frozen basis.
 
-    Ut (r, d_out), the transpose of U as a store holds it, and P (r, d_in) are frozen parameters, cast to the dtype of x
-    in the forward. The core computes in float32 (float64 if it is in float64), with autocast off.
+    Ut (r, d_out), the transpose of U as a store holds it, and P (r, d_in) are frozen parameters, kept in `dtype` and
+    cast to that of x in the forward. Rows of P that `dtype` has no room for are divided by 2^exponent, and their
+    coordinates multiplied by it. The core computes in float32 (float64 if it is in float64), with autocast off.
     """
 
-    def __init__(self, base_layer: nn.Module, U: Tensor, P: Tensor, core: Core):
+    exponent: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, U: Tensor, P: Tensor, core: Core, dtype: torch.dtype | None = None):
         super().__init__()
+        dtype = dtype or P.dtype
+        exponent = row_exponents(P, dtype)
+        P = P if exponent is None else torch.ldexp(P.float(), -exponent[:, None])
         self.base_layer = base_layer
-        self.Ut = nn.Parameter(U.T.contiguous(), requires_grad=False)
-        self.P = nn.Parameter(P.contiguous(), requires_grad=False)
+        self.Ut = nn.Parameter(U.T.to(dtype).contiguous(), requires_grad=False)
+        self.P = nn.Parameter(P.to(dtype).contiguous(), requires_grad=False)
+        self.register_buffer("exponent", exponent, persistent=False)
         self.core = core
         self.out_features, self.in_features = layer_shape(base_layer)
 
@@ -31,6 +38,11 @@ class AdaptedLinear(nn.Module):
     def U(self) -> Tensor:
         """The basis of the output, (d_out, r)."""
         return self.Ut.T
+
+    @property
+    def projector(self) -> Tensor:
+        """P (r, d_in) as the basis has it: float32 where its rows were divided."""
+        return self.P if self.exponent is None else torch.ldexp(self.P.float(), self.exponent[:, None])
 
     @property
     def weight(self) -> Tensor:
@@ -56,14 +68,31 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        q = self.change(F.linear(x, self.P.to(x.dtype))).to(x.dtype)
+        p = F.linear(x, self.P.to(x.dtype))
+        if self.exponent is not None:
+            p = torch.ldexp(p.float(), self.exponent)
+        q = self.change(p).to(x.dtype)
         return y + (q @ self.Ut.to(x.dtype)).to(y.dtype)
 
     def matrix(self) -> Tensor:
         """What the adapter adds to the weight: U @ K.T @ P (d_out, d_in) with K = core(I), in at least float32."""
         with torch.no_grad(), exact():
             K = self.change(torch.eye(len(self.P), device=self.P.device))
-            return self.U.to(K.dtype) @ K.T @ self.P.to(K.dtype)
+            return self.U.to(K.dtype) @ K.T @ self.projector.to(K.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {len(self.P)}"
+
+
+def row_exponents(P: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(r,) int32: rows of P (r, d_in) over 2^exponent fit float16, with room below for their smaller entries.
+
+    None where all rows fit as they are, and for dtypes of float32's range.
+    """
+    if dtype != torch.float16:
+        return None
+    largest = P.detach().abs().amax(1).float()
+    fits = (largest >= 2**-8) & (largest <= 2**12) | (largest == 0)
+    if fits.all():
+        return None
+    return torch.frexp(largest).exponent.masked_fill(fits, 0).to(torch.int32)

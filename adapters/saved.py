@@ -34,7 +34,7 @@ def save(model: nn.Module, path: str | Path, embed_basis: bool = True) -> None:
     for name, layer in adapter.layers.items():
         tensors |= {f"{name}.core.{key}": value for key, value in layer.core.state().items()}
         if embed_basis:
-            tensors |= {f"{name}.U": layer.U, f"{name}.S": layer.core.S, f"{name}.P": layer.P}
+            tensors |= {f"{name}.U": layer.U, f"{name}.S": layer.core.S, f"{name}.P": layer.projector}
     sharded = any(hasattr(value, "full_tensor") for value in tensors.values())
     whole = {key: _whole(value) for key, value in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:

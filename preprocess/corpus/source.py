@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, fields
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -101,18 +102,8 @@ class Batches:
         self.masks(self._first)
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
-        """Calls the model with a batch, moved to the model's device."""
-        device = input_device(model)
-
-        def here(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        def forward(batch: Inputs) -> object:
-            if isinstance(batch, Mapping):
-                return model(**{name: here(value) for name, value in batch.items()})
-            return model(*map(here, batch)) if isinstance(batch, (tuple, list)) else model(here(batch))
-
-        return watched(forward, layers)
+        """Calls the model with a copy of a batch on the model's device."""
+        return watched(partial(_call, model, input_device(model)), layers)
 
     def example(self) -> Inputs:
         """The first batch."""
@@ -148,6 +139,24 @@ class Batches:
     def size(self, first: int, last: int) -> int:
         """The number of batches: their tokens are not known before they are read."""
         return last - first
+
+
+def _call(model: nn.Module, device: torch.device, batch: Inputs) -> object:
+    own = _copied(batch, device)
+    if isinstance(own, Mapping):
+        return model(**own)
+    return model(*own) if isinstance(own, (tuple, list)) else model(own)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A batch on a device, its tensors copied: a model may change its input, which is read again."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {name: _copied(item, device) for name, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item, device) for item in value)
+    return value
 
 
 Source = Text | Batches

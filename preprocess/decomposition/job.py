@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import __version__
+from ...errors import PrepError
 from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
 from ...store import BasisSet, BasisWriter, LayerRecord, Moments, create_store, open_store
 from ...store.bases import LayerDone
-from ...store.format.schema import content_hash, disk_guard
+from ...store.format.schema import DTYPES, content_hash, disk_guard
 from ...store.lock import writer_lock
 from ..distributed import World, dealt
 from ..model import loading
@@ -133,6 +134,7 @@ class Decomposition:
             group = self._groups[self._shapes[layer]]
             record = record_of(result, self._shapes[layer], group["layers"].index(layer), W)
             U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
+            check_storable(layer, P, request.options.dtype)
             yield self._writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)
 
     def _store_without_moments(self) -> None:
@@ -181,6 +183,16 @@ def share_of(todo: list[str], moments: Moments | None, shapes: Mapping[str, Shap
         work[site[layer]] = work.get(site[layer], 0) + cost(shapes[layer])
     rank = dealt(work, world.size)
     return [layer for layer in todo if rank[site[layer]] == world.rank]
+
+
+def check_storable(layer: str, P: Tensor, dtype: str) -> None:
+    """PrepError where a dtype has no room for P, as float16 for the weakest directions, whose S is small."""
+    largest, most = float(P.abs().max()), torch.finfo(DTYPES[dtype]).max
+    if not largest <= most:
+        raise PrepError(
+            f"{layer}: P has entries up to {largest:.0e}, {dtype} ends at {most:.0e}: store this basis with "
+            "--dtype float32 or bfloat16 (and --overwrite what is there)"
+        )
 
 
 def record_of(result: WhitenedSVD, shape: Shape, index: int, W: Tensor) -> LayerRecord:

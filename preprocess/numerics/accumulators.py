@@ -7,7 +7,8 @@ number of batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from ...store.moments import SiteData
 from .products import gram_blocks
 
 Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes
+
+
+_USUAL = (1e-6, 1e9)  # sums of tokens that are no reason to look whether squares leave float32's range
 
 
 def alone(x: Tensor) -> Iterable[Tensor]:
@@ -36,12 +40,14 @@ class GramSum:
         self.ranges, self.collect = panels(d), collect
         self.panels = [torch.zeros(b - a, b, dtype=torch.float64) for a, b in self.ranges] if kept else []
 
-    def add(self, X: Tensor) -> None:
-        """Add X^T X of X (n, d), float32 or float64, on any device."""
+    def add(self, X: Tensor, exponents: Sequence[int]) -> None:
+        """Add X^T X 4^e of X (n, d), float32 or float64, on any device; exponents: e of every process."""
         for i, columns, product in gram_blocks(X, self.ranges):
-            for part in self.collect(product):
-                total = self.panels[i][:, columns].numpy()
-                np.add(total, part.cpu().numpy(), out=total)  # torch would wake its threads, which then wait busily
+            for part, e in zip(self.collect(product), exponents, strict=True):
+                total, block = self.panels[i][:, columns].numpy(), part.cpu().numpy()
+                if e:
+                    block = np.ldexp(block.astype(np.float64), 2 * e)
+                np.add(total, block, out=total)  # torch would wake its threads, which then wait busily
 
     def mean(self, count: int) -> list[Tensor]:
         """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
@@ -66,6 +72,7 @@ class SiteSums:
     ):
         self.name, self.kind, self.kept, self._collect = name, kind, kept, collect
         self.count = 0
+        self._own, self._exponents = 0, [0]  # of the batch under way: of this process, of all
         self.sum_x = torch.zeros(d_in, dtype=torch.float64)
         self.sum_x2 = torch.zeros(d_in, dtype=torch.float64) if kind != "full" else None
         self.second = GramSum(d_in, collect, kept) if kind == "full" else None
@@ -81,19 +88,24 @@ class SiteSums:
                 f"the input of {self.name} is NaN or infinite in batch {batch}: "
                 "try --dtype float32, or look at the data"
             )
-        for tokens in self._collect(torch.tensor(X.shape[0] if count is None else count)):
-            self.count += int(tokens)
+        X, self._own = _in_range(X, total)
+        said = self._collect(torch.tensor([X.shape[0] if count is None else count, self._own]))
+        counts = [part.tolist() for part in said]
+        self.count += sum(tokens for tokens, _ in counts)
+        self._exponents = [exponent for _, exponent in counts]
         for part in self._collect(total):
             self.sum_x.add_(part)
         if self.second is not None:
-            self.second.add(X)
+            self.second.add(X, self._exponents)
         if self.sum_x2 is not None:
-            for part in self._collect(X.square().sum(0).cpu()):
-                self.sum_x2.add_(part)
+            parts = self._collect(X.square().sum(0).cpu())
+            for part, e in zip(parts, self._exponents, strict=True):
+                self.sum_x2.add_(part.double() * 4.0**e if e else part)
 
     def add_output(self, layer: str, Y: Tensor) -> None:
         """Add the bias-free outputs Y (n, d_out) of one member for the same tokens."""
-        self.outputs[layer].add(Y if Y.dtype == torch.float64 else Y.float())
+        Y = Y if Y.dtype == torch.float64 else Y.float()
+        self.outputs[layer].add(Y * 2.0**-self._own if self._own else Y, self._exponents)
 
     def add_nothing(self, dtype: torch.dtype) -> None:
         """Take part in a batch that brought this process no tokens; dtype: of the activations elsewhere."""
@@ -146,6 +158,21 @@ class SiteSums:
         if not all(torch.isfinite(block).all() for block in blocks):
             raise PrepError(f"the second moment of {self.name} overflows float32: run the model with --dtype float64")
         return data
+
+
+def _in_range(X: Tensor, total: Tensor) -> tuple[Tensor, int]:
+    """X / 2^e and e, chosen so that no square leaves float32's range where X is very small or large; 0 as a rule.
+
+    total (d,): the sum of X over tokens, by which the rule is known without another look at X.
+    """
+    sums = total.abs().max() if len(total) else torch.zeros(())
+    if X.dtype == torch.float64 or not X.numel() or _USUAL[0] <= sums <= _USUAL[1]:
+        return X, 0
+    largest = float(X.abs().max())
+    if largest == 0 or 2.0**-30 <= largest <= 2.0**40:
+        return X, 0
+    e = max(math.frexp(largest)[1], -120)  # 2^120 is a float32
+    return X * 2.0**-e, e
 
 
 def moment_kind(asked: str, shapes: tuple[tuple[int, int], ...]) -> str:

@@ -353,3 +353,52 @@ def test_names_that_a_store_cannot_keep_are_refused_before_the_pass(name, tmp_pa
     with pytest.raises(StoreError, match="cannot name a layer in a store") as refused:
         prep.covariance(Named(), batches=[torch.ones(2, 4)], store=tmp_path / "s", quiet=True)
     assert len(str(refused.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+class InPlace(nn.Module):
+    """A model that changes what it is given, the tensors of a nested batch too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x, more=None):
+        x += 1
+        if more is not None:
+            x = x + more["shift"].mul_(2)
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_that_changes_its_input_sees_every_batch_as_it_is(nested, tmp_path):
+    """Neither the trial run, nor an earlier pass, nor the model's own habits show in the moments; the data stay."""
+    torch.manual_seed(0)
+    net, xs = InPlace(), [torch.randn(6, 4) for _ in range(3)]
+    shift = torch.randn(4)
+    batches = [(x, {"shift": shift}) if nested else x for x in xs]
+    before = [x.clone() for x in xs]
+    wanted = [(x + 1 + (2 * shift if nested else 0)).double().numpy() for x in xs]
+    options = {"batches": batches, "quiet": True}
+    store = prep.covariance(net, store=tmp_path / "s", memory_budget=160, **options)  # two passes
+    assert tiny.relative(store.moments["first"].second_moment, gram(np.concatenate(wanted))) < 1e-6
+    X = np.concatenate(wanted) @ tiny.weight(net.first).T + net.first.bias.detach().double().numpy()
+    assert tiny.relative(store.moments["second"].second_moment, gram(X)) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(xs, before, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-23, 1e-12, 1e12, 1e25, 1e33])
+@pytest.mark.parametrize("moment", ["full", "diagonal", "output"])
+def test_very_small_and_large_activations(scale, moment, tmp_path):
+    """Their squares leave the range of float32; the moments, which are float64, do not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 4, bias=False))
+    batches = [scale * torch.randn(40, 8) for _ in range(3)]
+    X = torch.cat(batches).double().numpy()
+    batches[1:1] = [torch.zeros(5, 8)]
+    store = prep.covariance(net, batches=batches, store=tmp_path / "s", moment=moment, quiet=True)
+    found, share = store.moments["0"], len(X) / (len(X) + 5)
+    assert tiny.relative(found.diagonal, share * np.diagonal(gram(X))) < 1e-6
+    if moment == "full":
+        assert tiny.relative(found.second_moment, share * gram(X)) < 1e-6
+    if moment == "output":
+        assert tiny.relative(found.output, share * gram(X @ tiny.weight(net[0]).T)) < 1e-5
