@@ -255,6 +255,11 @@ def _start(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor]:
     A, B, s = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
     for parameter, value in zip((A, B), factors(basis, len(A), s), strict=True):
         parameter.copy_(value)
+        if not torch.isfinite(parameter).all():
+            raise PrepError(
+                f"the start has entries up to {float(value.abs().max()):.0e}, for which {parameter.dtype} has no room: "
+                "load the model again and leave autocast_adapter_dtype at True"
+            )
     base = module.get_base_layer()
     W = weight_matrix(base)
     wide = torch.promote_types(W.dtype, torch.float32)
