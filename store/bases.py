@@ -22,6 +22,7 @@ import zarr
 from torch import Tensor
 from zarr.storage import LocalStore
 
+from ..commands import decompose_command
 from ..errors import StoreError
 from .basis import BasisSet, LayerRecord, Place, checksums, group_arrays, group_key
 from .format import schema
@@ -49,7 +50,7 @@ class Bases(Mapping[str, BasisSet]):
         """The basis as it stands, complete or not."""
         if name not in self.names:
             has = ", ".join(self.names) or "none"
-            raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {make_command(name)}")
+            raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {decompose_command(name)}")
         try:
             try:
                 group = schema.child(self._root, f"bases/{name}")
@@ -57,7 +58,8 @@ class Bases(Mapping[str, BasisSet]):
                 group = schema.child(self._root, f"bases/{_old(name)}")
             return BasisSet(name, group)
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"basis {name!r} is missing or damaged: run its `prep decompose` again") from error
+            again = decompose_command(name, overwrite=True)
+            raise StoreError(f"basis {name!r} is missing or damaged: make it anew with {again}") from error
 
     def pending(self, name: str) -> BasisSet | None:
         """What is there of a replacement of the basis `name` that is not in place; None where nothing is.
@@ -257,21 +259,3 @@ def _recover(root: zarr.Group, name: str) -> None:
                 remove_all(old)
             else:
                 os.rename(old, at)
-
-
-def make_command(name: str) -> str:
-    """The `prep decompose` command whose default name is `name`; metric, power and selection are read off it."""
-    metric, *rest = name.split("-")
-    if metric == "eva":
-        return "`prep decompose --for eva`"
-    if metric not in ("full", "diagonal", "identity"):
-        return f"`prep decompose --name {name}`"
-    options = [] if metric == "full" else [f"--metric {metric}"]
-    for part in rest:
-        if part in ("bottom", "activation"):
-            options.append(f"--select {part}")
-        elif part == "centered":
-            options.append("--center")
-        elif part.startswith("p"):
-            options.append(f"--power {part[1:]}")
-    return f"`{' '.join(['prep decompose', *options])}`"

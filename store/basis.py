@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 from torch import Tensor
 
+from ..commands import decompose_command
 from ..errors import StoreError
 from .format import schema
 from .format.arrays import OTHER_VERSION, Region, checksum, chunk_checksums
@@ -195,13 +196,7 @@ class BasisSet(Mapping[str, Basis]):
 
     def command(self, rank: int) -> str:
         """The `prep decompose` command that makes this basis anew with another rank."""
-        options = ["--for eva"] if self.method["metric"] == "components" else []
-        if not options:
-            options = [f"--{key} {self.method[key]}" for key in ("metric", "power", "select")]
-            options += ["--center"] if self.method.get("center") else []
-            damping = "damping" if self.method.get("epsilon") is None else "epsilon"
-            options += [f"--{damping} {self.method[damping]}"] if damping in self.method else []
-        return f"`prep decompose --name {self.name} {' '.join(options)} --rank {rank} --overwrite`"
+        return decompose_command(self.name, self.method, rank, overwrite=True)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ def components(
         if record.rank < min(limit, *record.shape):
             raise PrepError(
                 f"rank {ranks[layer]} with rho {rho:g} takes {limit} components, basis {bases.name!r} holds "
-                f"{record.rank} of {layer}: `prep decompose --for eva --rank {limit} --overwrite`, or a smaller rho"
+                f"{record.rank} of {layer}: {bases.command(limit)}, or a smaller rho"
             )
     read = bases.read(ranks, max(limits.values()))
     ratios = {layer: read[layer].spectrum ** 2 / (read[layer].spectrum ** 2).sum() for layer in ranks}

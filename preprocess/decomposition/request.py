@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import PrepError, StoreError
 from ...linear import layer_shape, weight_hash, weight_matrix
-from ...store import BasisSet, LayerMoment, Moments, Store, open_store
+from ...store import Bases, BasisSet, LayerMoment, Moments, Store, open_store
 from ...store.format.schema import is_url
 from ..model import loading
 from ..model.experts import expert_layers
@@ -71,6 +71,8 @@ def same_basis(request: Request) -> BasisSet | None:
     bases, name = open_store(request.options.store).bases, request.name
     if name not in bases:
         return None
+    if request.options.overwrite and _is_damaged(bases, name):
+        return None
     basis = bases.open(name)
     differences = _differences(request, basis)
     if request.options.overwrite:
@@ -86,6 +88,14 @@ def same_basis(request: Request) -> BasisSet | None:
             "give this one another --name, or replace it with --overwrite"
         )
     return basis
+
+
+def _is_damaged(bases: Bases, name: str) -> bool:
+    try:
+        bases.open(name)
+    except StoreError:
+        return True
+    return False
 
 
 def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:

@@ -4,10 +4,11 @@
 (2403.07378), ASVD (2312.05821), EVA (2410.07170), AntiPaSTO (2601.07473) and LoRA-XS (2405.17604) decompose.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
+from ...commands import default_name
 from ...errors import PrepError
 
 METRICS = ("full", "diagonal", "identity", "components")
@@ -101,12 +102,7 @@ def method_for(published: str | None, **asked: Any) -> Method:
 
 def basis_name(method: Method) -> str:
     """The default name of a basis: `full`, `full-p1-bottom`, `full-centered`, `identity-activation`, `eva` ..."""
-    if method.metric == "components":
-        return "eva"
-    power = "" if method.metric == "identity" or method.power == 0.5 else f"-p{method.power:g}"
-    centered = "-centered" if method.center else ""
-    select = "" if method.select == "top" else f"-{method.select}"
-    return f"{method.metric}{power}{centered}{select}"
+    return default_name(asdict(method))
 
 
 def check(moment_kind: str | None, method: Method) -> str | None:

@@ -28,7 +28,7 @@ def store(tmp_path_factory):
     ("arguments", "message"),
     [
         ({"basis": "diagonal-bottom"}, "no basis 'diagonal-bottom'.*prep decompose --metric diagonal --select bottom"),
-        ({"rank": 25}, "rank 25 .* 1 to 24: .*prep decompose --name full --metric full .*--rank 25"),
+        ({"rank": 25}, "rank 25 .* 1 to 24: .*prep decompose --rank 25 --overwrite"),
         ({"rank": 0}, "rank 0"),
         ({"layers": "lm_head"}, "matches none .* such as model.layers.0.self_attn.q_proj"),
         ({"layers": "("}, "is not a regular expression"),

@@ -535,7 +535,7 @@ def refused(home, store, match, model=None, **options):
     ("options", "match"),
     [
         ({"init": "pisa"}, "no init 'pisa': choose from pissa, milora"),
-        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --name full --metric full .* --rank 17 --overwrite`"),
+        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --rank 17 --overwrite`"),
         ({"r": 64}, "rank 64 does not fit .*layers.0.self_attn.q_proj, which has 1 to 32"),
         ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17 does not fit .*k_proj"),
         ({"r": 12, "init": "eva"}, "rank 12 with rho 2 takes 24 components, .* holds 16"),

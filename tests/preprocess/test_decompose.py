@@ -511,3 +511,25 @@ def test_a_smaller_rank_is_a_slice_of_what_is_there(llama, tmp_path, capsys):
     assert capsys.readouterr().err == "basis 'full' is there already at rank 8: any rank up to 8 is a slice of it\n"
     smaller = prep.decompose(tmp_path / "s", rank=3, name="full", overwrite=True, quiet=True)
     assert smaller.method["rank"] == 3
+
+
+@pytest.mark.parametrize("damage", ["folder gone", "metadata gone", "chunk gone"])
+def test_the_command_that_a_damaged_basis_advises_works(llama, tmp_path, damage):
+    store = shutil.copytree(llama.path, tmp_path / "s")
+    prep.decompose(store, rank=4, quiet=True)
+    whole = prep.decompose(store, for_="milora", rank=4, quiet=True)
+    folder = store / "bases" / "identity-bottom"
+    if damage == "folder gone":
+        shutil.rmtree(folder)
+    elif damage == "metadata gone":
+        (folder / "zarr.json").unlink()
+    else:
+        next(folder.glob("*/U/c/0/0/0")).unlink()
+    if damage != "chunk gone":
+        with pytest.raises(
+            StoreError, match=r"make it anew with `prep decompose --metric identity --select bottom --ov"
+        ):
+            _ = prep.open_store(store).bases["identity-bottom"]
+    again = prep.decompose(store, metric="identity", select="bottom", rank=4, overwrite=True, quiet=True)
+    assert again.hash == whole.hash and len(again.read()) == len(whole)
+    assert prep.verify(store).findings == []
