@@ -1,7 +1,8 @@
 """Stores at URLs: any fsspec file system. Reading asks for single files by name; nothing is listed.
 
-From a web server no more than the bytes asked for is taken, whatever it sends, and `PIECE` of them must come within
-`PREP_TIMEOUT` seconds (30). Other file systems have time limits of their own.
+Nothing is waited for without end. From a web server no more than the bytes asked for is taken, whatever it sends, and
+`PIECE` of them must come within `PREP_TIMEOUT` seconds (30); of other file systems a request for `PART` bytes may take
+twice as long, one for more in proportion.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 from ...errors import StoreError
 
 PIECE = 2**18
+PART = 2**20
 TIMEOUT = 30.0
 
 
@@ -35,38 +37,52 @@ def url_store(url: str, read_only: bool = True) -> ZarrStore:
 
 async def get(store: Any, key: str, start: int, end: int) -> bytes | None:
     """Bytes start to end of a file of an fsspec store, fewer where it ends before, None where there is none."""
-    if "http" in store.fs.protocol and hasattr(store.fs, "set_session"):
-        return await _get_http(store.fs, f"{store.path}/{key}", start, end)
+    seconds = _seconds()
     try:
-        found = await store.get(key, default_buffer_prototype(), RangeByteRequest(start, end))
-    except FileNotFoundError:
-        return None
-    return None if found is None else found.to_bytes()
+        if "http" in store.fs.protocol and hasattr(store.fs, "set_session"):
+            return await _from_web(store.fs, f"{store.path}/{key}", start, end, seconds)
+        return await _in_parts(store, key, start, end, seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in time; PREP_TIMEOUT sets more than {seconds:g} seconds") from None
 
 
-async def _get_http(fs: Any, url: str, start: int, end: int) -> bytes | None:
+async def _in_parts(store: Any, key: str, start: int, end: int, seconds: float) -> bytes | None:
+    """`get` with a time limit for each request, the first of which is for `PART` bytes and the next ones for more."""
+    found = b""
+    while (size := min(max(PART, len(found)), end - start - len(found))) > 0:
+        begin = start + len(found)
+        try:
+            async with asyncio.timeout(seconds * (1 + size / PART)):
+                part = await store.get(key, default_buffer_prototype(), RangeByteRequest(begin, begin + size))
+        except FileNotFoundError:
+            part = None
+        if part is None:
+            return None
+        found += part.to_bytes()
+        if len(part) < size:
+            break
+    return found
+
+
+async def _from_web(fs: Any, url: str, start: int, end: int, seconds: float) -> bytes | None:
     """`get` from a web server, which may ignore the range and send the file from its beginning, or without an end."""
     from aiohttp import ClientTimeout
 
-    seconds = _seconds()
     headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     options = {**fs.kwargs, "headers": headers, "timeout": ClientTimeout(total=None)}
+    async with asyncio.timeout(seconds):
+        response = await (await fs.set_session()).get(fs.encode_url(url), **options)
     try:
-        async with asyncio.timeout(seconds):
-            response = await (await fs.set_session()).get(fs.encode_url(url), **options)
-        try:
-            if response.status in (404, 416):  # none, or one that ends before `start`
-                return None if response.status == 404 else b""
-            response.raise_for_status()
-            position, found = start if response.status == 206 else 0, []
-            async for piece in _pieces(response.content, end - position, seconds):
-                found.append(piece[max(start - position, 0) :])
-                position += len(piece)
-            return b"".join(found)
-        finally:
-            response.release()  # closes a connection whose response is not read to its end
-    except TimeoutError:
-        raise TimeoutError(f"it does not answer within {seconds:g} s; PREP_TIMEOUT sets another limit") from None
+        if response.status in (404, 416):  # none, or one that ends before `start`
+            return None if response.status == 404 else b""
+        response.raise_for_status()
+        position, found = start if response.status == 206 else 0, []
+        async for piece in _pieces(response.content, end - position, seconds):
+            found.append(piece[max(start - position, 0) :])
+            position += len(piece)
+        return b"".join(found)
+    finally:
+        response.release()  # closes a connection whose response is not read to its end
 
 
 async def _pieces(content: Any, size: int, seconds: float) -> AsyncIterator[bytes]:
