@@ -140,11 +140,11 @@ def made(tmp_path_factory):
     return path
 
 
-def live(made: Path, folder: Path, seed: int) -> int:
+def live(made: Path, folder: Path, seed: int, starts: tuple[int, int] = (2, 5)) -> int:
     """One history; how often a command was ended before its time."""
     folder.mkdir()
     history, killed = History(made, folder, seed), 0
-    for _ in range(history.draw.randint(2, 5)):
+    for _ in range(history.draw.randint(*starts)):
         code, said = history.start(history.draw.choice([1, 2, 3, 5, 8, 13, None]))
         history.check(code, said)
         killed += code == -9
@@ -156,13 +156,14 @@ def live(made: Path, folder: Path, seed: int) -> int:
         code, said = history.start(None)
         assert code == 0, (history.state, said)
         history.check(code, said)
-    assert not list(folder.glob("store-*.staged")) and not list(folder.glob("*.replaced")), seed
+    left = [open_store(path).status for path in folder.glob("store-*.staged")]  # of a replacement given up
+    assert set(left) <= {"incomplete"} and not list(folder.glob("*.replaced")), seed
     return killed
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_calibration_with_a_history(made, tmp_path, seed):
-    live(made, tmp_path / "h", seed)
+    live(made, tmp_path / "h", seed, (1, 3))
 
 
 @pytest.mark.stress
