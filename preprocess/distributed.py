@@ -130,7 +130,8 @@ class World:
             return alone
 
         def collect(x: Tensor) -> list[Tensor]:
-            x, mine = x.cpu(), self.local_rank == owner
+            # products of long batches are float64, and every process must hand over the same
+            x, mine = (x.double() if x.is_floating_point() else x).cpu(), self.local_rank == owner
             parts = [torch.empty_like(x) for _ in range(self.local_size)] if mine else None
             with _in_contact():
                 dist.gather(x, parts, group=self.node, group_dst=owner)
