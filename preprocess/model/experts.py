@@ -119,11 +119,8 @@ def on_real_rows(owners: Iterable[nn.Module], rows: Callable[[nn.Module], tuple[
         if rows_given != size:
             raise PrepError(f"{type(owner).__name__} takes {rows_given} rows, not {size}: calibrate without padding")
 
-        def pick(value: Any) -> Any:
-            per_token = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-            return value.index_select(0, real.to(value.device)) if per_token else value
-
-        return tuple(map(pick, args)), {name: pick(value) for name, value in kwargs.items()}
+        own = tuple(_real_part(value, real, size) for value in args)
+        return own, {name: _real_part(value, real, size) for name, value in kwargs.items()}
 
     def after(owner: nn.Module, _args: tuple, y: Tensor) -> Tensor:
         real, size = rows(owner)
@@ -134,6 +131,12 @@ def on_real_rows(owners: Iterable[nn.Module], rows: Callable[[nn.Module], tuple[
         handles.append(owner.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(owner.register_forward_hook(after))
     return handles
+
+
+def _real_part(value: Any, real: Tensor, size: int) -> Any:
+    """The rows `real` of a tensor that has one row per token, `size` in all; anything else as it is."""
+    per_token = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+    return value.index_select(0, real.to(value.device)) if per_token else value
 
 
 class _Products(TorchFunctionMode):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,38 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     return None
 
 
+class _Observed:
+    """What one forward shows: the inputs of every target, in call order, and the encoder's outputs."""
+
+    def __init__(self, targets: dict[str, nn.Module], encoder: nn.Module | None):
+        self.calls: dict[str, list[tuple[Tensor, int]]] = {}
+        self.skipped: dict[str, str] = {}
+        self.encoded: list[Tensor] = []
+        self._handles: list[Any] = []
+        if encoder is not None:
+            self._handles.append(encoder.register_forward_hook(self._keep))
+        for name, module in targets.items():
+            self._handles.append(module.register_forward_pre_hook(partial(self._note, name), with_kwargs=True))  # type: ignore[arg-type]
+            self._handles.append(module.register_forward_hook(partial(self._look, name)))
+
+    def release(self) -> None:
+        """Remove the hooks; layers that are none are taken out of the calls."""
+        for handle in self._handles:
+            handle.remove()
+        self.calls = {name: inputs for name, inputs in self.calls.items() if name not in self.skipped}
+
+    def _keep(self, _encoder: nn.Module, _args: tuple, y: Any) -> None:
+        self.encoded.append(y if isinstance(y, Tensor) else y[0])
+
+    def _note(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = layer_input(args, kwargs)
+        self.calls.setdefault(name, []).append((x, x._version))
+
+    def _look(self, name: str, module: nn.Module, _args: tuple, y: object) -> None:
+        if not isinstance(y, Tensor):  # a router of Llama 4
+            self.skipped[name] = f"{type(module).__name__} gives a {type(y).__name__}, a linear layer a tensor"
+
+
 def find_sites(
     targets: dict[str, nn.Module], forward: Callable[[], object], encoder: nn.Module | None = None
 ) -> tuple[list[Site], dict[str, str]]:
@@ -135,24 +169,7 @@ def find_sites(
     encoder: of an encoder-decoder; what lies outside of it has the decoder's mask unless it reads the encoder's output.
     The inputs are kept alive until the forward ends, so `forward` should run a short sequence.
     """
-    calls: dict[str, list[tuple[Tensor, int]]] = {}
-    skipped: dict[str, str] = {}
-    handles = []
-    encoded: list[Tensor] = []
-    if encoder is not None:
-        keep = lambda _m, _args, y: encoded.append(y if isinstance(y, Tensor) else y[0])  # noqa: E731
-        handles.append(encoder.register_forward_hook(keep))
-    for name, module in targets.items():
-
-        def note(_module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-            x = layer_input(args, kwargs)
-            calls.setdefault(name, []).append((x, x._version))
-
-        def look(module: nn.Module, _args: tuple, y: object, name: str = name) -> None:
-            if not isinstance(y, Tensor):  # a router of Llama 4
-                skipped[name] = f"{type(module).__name__} gives a {type(y).__name__}, a linear layer a tensor"
-
-        handles += [module.register_forward_pre_hook(note, with_kwargs=True), module.register_forward_hook(look)]
+    seen = _Observed(targets, encoder)
     try:
         with torch.no_grad():
             forward()
@@ -164,38 +181,38 @@ def find_sites(
             """such as --device-map '{"": "disk", "model.embed_tokens": "cpu"}'"""
         ) from error
     finally:
-        for handle in handles:
-            handle.remove()
-
-    inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
-
-    def mask_of(name: str) -> str:
-        x = calls[name][0][0] if name in calls else None
-        of_encoder = id(home(targets[name])) in inside or (x is not None and any(_same(x, e) for e in encoded))
-        return MASK if encoder is None or of_encoder else DECODER_MASK
-
-    calls = {name: inputs for name, inputs in calls.items() if name not in skipped}
+        seen.release()
     groups: dict[tuple, list[str]] = {}
-    for name, inputs in _with_all_experts(calls, targets):
+    for name, inputs in _with_all_experts(seen.calls, targets):
         key = (id(inputs[0][0]), inputs[0][1]) if len(inputs) == 1 else (name,)  # called twice: a site of its own
         groups.setdefault(key, []).append(name)
-    sites = [
-        Site(
-            members[0],
-            tuple(members),
-            tuple(layer_shape(targets[member]) for member in members),
-            mask_of(members[0]),
-            isinstance(targets[members[0]], ExpertLinear),
-        )
-        for members in groups.values()
-    ]
+    inside = {id(module) for module in encoder.modules()} if encoder is not None else None
+    sites = []
+    for members in groups.values():
+        shapes = tuple(layer_shape(targets[member]) for member in members)
+        mask, routed = _mask_of(members[0], targets, seen, inside), isinstance(targets[members[0]], ExpertLinear)
+        sites.append(Site(members[0], tuple(members), shapes, mask, routed))
+    return sites, seen.skipped | _not_reached(sites, targets, seen.skipped)
+
+
+def _mask_of(name: str, targets: dict[str, nn.Module], seen: _Observed, inside: set[int] | None) -> str:
+    """Which mask tells the real tokens of a layer's input. inside: ids of the encoder's modules, if there is one."""
+    x = seen.calls[name][0][0] if name in seen.calls else None
+    if inside is None or id(home(targets[name])) in inside:
+        return MASK
+    return MASK if x is not None and any(_same(x, encoded) for encoded in seen.encoded) else DECODER_MASK
+
+
+def _not_reached(sites: list[Site], targets: dict[str, nn.Module], skipped: dict[str, str]) -> dict[str, str]:
+    """The layers that are in no site, with the reason; fused experts by the name of their parameter."""
     reached = {member for site in sites for member in site.members}
+    reasons = {}
     for name, layer in targets.items():
         if name not in reached and isinstance(layer, ExpertLinear):
-            skipped[layer.fused] = f"{type(layer.owner).__name__} does not compute one expert after the other"
-        elif name not in reached:
-            skipped.setdefault(name, "the forward pass does not call it")
-    return sites, skipped
+            reasons[layer.fused] = f"{type(layer.owner).__name__} does not compute one expert after the other"
+        elif name not in reached and name not in skipped:
+            reasons[name] = "the forward pass does not call it"
+    return reasons
 
 
 def layer_input(args: tuple, kwargs: dict) -> Tensor:
