@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 from ..errors import PrepError
 from ..store import Store, open_store
-from ..store.format.schema import content_hash
+from ..store.format.schema import DTYPES, content_hash
+from ..store.format.untrusted import Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core
 
 FORMAT_VERSION = 1
+_HEADER = {
+    "format_version": int,
+    "core": {"name": Word, "builtin": bool, "options": dict},
+    "basis": {"store": str, "name": Word, "hash": str, "metric": ("full", "diagonal", "identity", "components")},
+    "embedded": bool,
+    "layers": {str: {"shape": [int], "rank": int, "weight_hash": Word, "weight_dtype": Word}},
+    "checksum": str,
+}
 
 
 def save(model: nn.Module, path: str | Path, embed_basis: bool = True) -> None:
@@ -135,17 +144,42 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "prep" not in metadata:
         raise PrepError(f"{path} was not written by prep.save: a Trainer's checkpoint is resumed by the Trainer")
     try:
-        header = json.loads(metadata["prep"])
-        version, checksum = int(header["format_version"]), header["checksum"]
-    except (ValueError, KeyError, TypeError) as error:
+        header = loads(metadata["prep"].encode())
+    except ValueError as error:
         raise PrepError(f"the metadata of {path} are damaged: restore it from a copy") from error
-    if version > FORMAT_VERSION:
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
         raise PrepError(
             f"{path} has the format version {version}, this prep-bases reads up to {FORMAT_VERSION}: upgrade prep-bases"
         )
-    if checksum != _checksum(header, tensors):
+    wrong = mismatch(header, _HEADER)
+    if wrong is not None:
+        where = f" at {wrong[1:]:.80}" if wrong else ""
+        raise PrepError(f"the metadata of {path} are not those of an adapter{where}: restore it from a copy")
+    if header["checksum"] != _checksum(header, tensors):
         raise PrepError(f"{path} was altered or is damaged (its checksum does not match): restore it from a copy")
+    _check_layers(path, header, tensors)
     return header, tensors
+
+
+def _check_layers(path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """PrepError where shapes, ranks and the basis of a layer do not go together, or a number is NaN or infinite."""
+    for name, layer in header["layers"].items():
+        shape, rank = layer["shape"], layer["rank"]
+        if len(shape) != 2 or min(shape) < 1 or not 1 <= rank <= min(shape):
+            raise PrepError(
+                f"{path} holds {name:.80} of the shape {shape} at rank {rank}: it was not written by prep.save"
+            )
+        if header["embedded"]:
+            wanted = {"U": (shape[0], rank), "S": (rank,), "P": (rank, shape[1])}
+            for role, size in wanted.items():
+                value = tensors.get(f"{name}.{role}")
+                if value is None or tuple(value.shape) != size or value.dtype not in DTYPES.values():
+                    said = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+                    raise PrepError(f"{path} holds {said} as {role} of {name:.80}, not {size}: restore it from a copy")
+    for key, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+            raise PrepError(f"{path} holds NaN or Inf in {key:.80}: restore it from a copy")
 
 
 def _core(path: str | Path, saved: dict[str, Any], given: type[Core] | None) -> Core:
@@ -174,13 +208,14 @@ def _referred(
     if store is None:
         raise PrepError(f"{path} refers to the basis {origin.basis!r} of a store: pass it, store=PATH")
     found = store if isinstance(store, Store) else open_store(store)
-    if found.id != origin.store:
-        raise PrepError(
-            f"{path} refers to the store with the id {origin.store}, {found.location} has the id {found.id}"
-        )
     bases = found.bases[origin.basis]
-    if bases.hash != origin.hash:
-        raise PrepError(f"{path} refers to another basis {origin.basis!r} than the one that {found.location} holds now")
+    if bases.hash != origin.hash:  # which tells the basis; a store's id changes when moments are added to it
+        which = (
+            "now" if found.id == origin.store else f"(its id is {found.id}, that of the one referred to {origin.store})"
+        )
+        raise PrepError(
+            f"{path} refers to another basis {origin.basis!r} than the one that {found.location} holds {which}"
+        )
     read = bases.read(ranks, max(ranks.values()))
     return {name: (read[name].U[:, :r], read[name].S[:r], read[name].P[:r]) for name, r in ranks.items()}
 

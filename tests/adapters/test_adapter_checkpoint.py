@@ -231,3 +231,78 @@ def test_saving_needs_an_adapter_and_a_place(store, tmp_path):
         prep.save(tiny_llama(), tmp_path / "a.safetensors")
     with pytest.raises(prep.PrepError, match="cannot write"):
         prep.save(trained(store), tmp_path / "missing" / "a.safetensors")
+
+
+# What a stranger may have written
+
+
+def forge(path, change):
+    """A file whose header and tensors `change` has altered, with a checksum that fits."""
+    from prep.adapters.saved import _checksum
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["prep"])
+    tensors = load_file(path)
+    header = change(header, tensors) or header
+    if isinstance(header, dict):
+        header["checksum"] = _checksum(header, tensors)
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt", "prep": text}
+    )
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+FORGERIES = {
+    "header is a list": lambda h, t: "[1]",
+    "nested 100,000 deep": lambda h, t: "[" * 100_000 + "]" * 100_000,
+    "no core": lambda h, t: h.pop("core") and h,
+    "core is a number": lambda h, t: h.update(core=7),
+    "core's name is a list": lambda h, t: h["core"].update(name=["gain"]),
+    "options are a list": lambda h, t: h["core"].update(options=[1]),
+    "an option of another type": lambda h, t: h["core"]["options"].update(k="many"),
+    "no basis": lambda h, t: h.pop("basis") and h,
+    "metric is a number": lambda h, t: h["basis"].update(metric=3),
+    "layers are a list": lambda h, t: h.update(layers=[LAYER]),
+    "a layer is a number": lambda h, t: h["layers"].update({LAYER: 7}),
+    "shape is text": lambda h, t: h["layers"][LAYER].update(shape="32x32"),
+    "shape of three": lambda h, t: h["layers"][LAYER]["shape"].append(1),
+    "rank is text": lambda h, t: h["layers"][LAYER].update(rank="8"),
+    "rank is too large": lambda h, t: h["layers"][LAYER].update(rank=10**6),
+    "rank 0": lambda h, t: h["layers"][LAYER].update(rank=0),
+    "embedded is text": lambda h, t: h.update(embedded="yes"),
+    "version is text": lambda h, t: h.update(format_version="1"),
+    "hash with a newline": lambda h, t: h["layers"][LAYER].update(weight_hash="a\nb"),
+    "no U": lambda h, t: t.pop(f"{LAYER}.U") is None,
+    "U of another shape": lambda h, t: t.update({f"{LAYER}.U": torch.zeros(3, 3)}),
+    "P transposed": lambda h, t: t.update({f"{LAYER}.P": t[f"{LAYER}.P"].T.contiguous()}),
+    "P of integers": lambda h, t: t.update({f"{LAYER}.P": t[f"{LAYER}.P"].int()}),
+    "S of another rank": lambda h, t: t.update({f"{LAYER}.S": torch.ones(5)}),
+    "NaN in U": lambda h, t: t[f"{LAYER}.U"].fill_(float("nan")) is None,
+    "no core parameter": lambda h, t: t.pop(f"{LAYER}.core.g") is None,
+    "a core parameter of another shape": lambda h, t: t.update({f"{LAYER}.core.g": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_file_is_refused_in_one_line(saved, name):
+    _, path = saved
+    change = FORGERIES[name]
+    forge(path, lambda header, tensors: result if isinstance(result := change(header, tensors), (str, dict)) else None)
+    refused(path, "")
+
+
+def test_a_reference_survives_moments_that_are_added_to_its_store(store, tmp_path):
+    """The basis' own hash is what counts: the id of a store of bases changes when it is calibrated."""
+    import shutil
+
+    from prep.store.format.schema import put_attributes
+
+    model = trained(store, core="gain", rank=8)
+    prep.save(model, tmp_path / "a.safetensors", embed_basis=False)
+    copy = shutil.copytree(store, tmp_path / "s")
+    root = open_store(copy, "r+").root
+    put_attributes(root, {**root.attrs, "id": "f" * 32})
+    fresh = tiny_llama()
+    prep.load(fresh, tmp_path / "a.safetensors", store=copy)
+    assert torch.equal(logits(fresh), logits(model))

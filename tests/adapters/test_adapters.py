@@ -315,3 +315,30 @@ def test_a_copied_model_has_a_coefficient_of_its_own(store):
     prep.detach(other)
     assert torch.equal(logits(model), full)
     assert torch.equal(logits(other), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "old weight_norm", "sparse"])
+def test_merging_is_all_or_nothing(store, how):
+    """A later layer that cannot be merged leaves every layer as it was."""
+    from torch.nn.utils import parametrizations
+
+    model = tiny_llama()
+    prep.attach(model, store, core="gain", verify=False)
+    last = model.model.layers[-1].mlp.down_proj
+    base = last.base_layer
+    if how == "weight_norm":
+        parametrizations.weight_norm(base)
+    elif how == "spectral_norm":
+        parametrizations.spectral_norm(base)
+    elif how == "sparse":
+        base.weight = nn.Parameter(base.weight.detach().to_sparse(), requires_grad=False)
+    else:
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(base)
+    before = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
+    if how in ("weight_norm", "spectral_norm"):  # their weight is made anew at every look
+        before = {name: found for name, found in before.items() if "down_proj" not in name}
+    with pytest.raises(prep.PrepError, match="down_proj.*, a .*Linear, "):
+        prep.merge(model)
+    after = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
+    assert {name: after[name] for name in before} == before
