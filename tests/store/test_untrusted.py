@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from stores import GIGABYTE, RUN, bounded, everything
 
 import prep
-from prep import StoreError
+from prep import PrepError, StoreError
 from prep.preprocess.verify import verify
 from prep.store import open_store
 from prep.store.format.schema import sealed
 from prep.store.info import info, table
+from prep.store.pool import pool
+from prep.store.transfer import pull
 
 SITE = "model.layers.1.mlp.down_proj"
 
@@ -63,6 +65,45 @@ def look(path):
     table(info(whole))
     everything(path)
     return verify(path)
+
+
+def uses(path):
+    """All that one can do with a store of somebody else, each as a function of no arguments."""
+    model, place = tiny.llama(), Path(path).parent
+
+    def attach():
+        adapter = prep.attach(model, path, verify=False)
+        prep.detach(model)
+        return adapter
+
+    def export(form):
+        prep.export(path, form, place / form, overwrite=True, rank=2, basis="full" if form == "peft-lora" else None)
+
+    return {
+        "open": lambda: repr(open_store(path)),
+        "info": lambda: table(info(open_store(path))),
+        "read": lambda: everything(path),
+        "verify": lambda: verify(path),
+        "attach": attach,
+        "bases": lambda: [prep.export(path, "safetensors", place / "bases", overwrite=True), export("peft-lora")],
+        "covariances": lambda: export("peft-corda-covariance"),
+        "pool": lambda: pool([path, path], store=place / "pool", overwrite=True),
+        "pull": lambda: pull(path, place / "pulled", overwrite=True),
+        "decompose": lambda: prep.decompose(path, metric="diagonal", model=model, rank=2, quiet=True, overwrite=True),
+    }
+
+
+def works_or_refuses(name, action):
+    """Whether it ends with a result; if not, then in one line of the package's own error."""
+    try:
+        with bounded():
+            action()
+        return True
+    except PrepError as error:
+        said = str(error)
+        assert len(said.splitlines()) == 1, (name, said)
+        assert "memory" not in said and "allocate" not in said, (name, said)
+        return False
 
 
 def refused(path, match):
@@ -183,6 +224,68 @@ def test_equal_spellings_are_accepted(store):
     assert look(store).findings == []
 
 
+# Types
+
+BASIS, MOMENTS, RECORD = "bases/full", "moments", f"layers/{SITE}"
+WRONG = [
+    *[("", key, value) for key in ("model", "corpus", "options", "bases", "run", "moments") for value in (7, "x", [7])],
+    *[("", "corpus/tokens", value) for value in ("x", None, {}, 10**400)],
+    *[("", f"model/{key}", {}) for key in ("id", "class", "dtype", "revision")],
+    ("", "id", {}),
+    ("", "status", "perhaps"),
+    ("", "format_version", True),
+    ("", "checkpoint", [1]),
+    ("", "corpus", {"parts": 7}),
+    ("", "corpus", {"parts": [{"weight": "x", "corpus": {}}], "tokens": 1}),
+    ("", "corpus", {"parts": [{"weight": 1, "corpus": {"parts": [7]}}], "tokens": 1}),
+    *[(MOMENTS, f"sites/{SITE}", value) for value in ({}, [], 7, "x", None, [SITE, "y"])],
+    *[(MOMENTS, key, value) for key in ("sites", "skipped", "hashes") for value in (7, [7], {"x": 7}, "x")],
+    (MOMENTS, "skipped", {"x": "two\nlines"}),
+    *[(f"moments/{SITE}", key, value) for key in ("kind", "members", "arrays", "hash") for value in (7, {}, [])],
+    *[(f"moments/{SITE}", "count", value) for value in ("7", -1, 2.5, 10**30)],
+    *[(f"moments/{SITE}", f"members/{SITE}", value) for value in (7, {}, {"shape": 7}, {"shape": [32, 48]})],
+    *[(f"moments/{SITE}", f"members/{SITE}/{key}", 7) for key in ("shape", "weight_hash", "weight_dtype")],
+    *[(BASIS, f"method/{key}", value) for key in ("metric", "rank", "power", "select") for value in ("x", {}, None)],
+    *[(BASIS, f"method/{key}", {}) for key in ("damping", "epsilon", "center", "solver")],
+    (BASIS, "method/rank", 10**400),
+    (BASIS, "method/metric", "full --for $(touch x)\n"),
+    *[(BASIS, key, value) for key in ("method", "dtype", "groups", "layers", "hash") for value in (7, {}, [])],
+    *[(BASIS, "model", value) for value in (7, [], {"id": {}})],
+    *[(BASIS, "groups/32x48", value) for value in (7, {}, {"layers": 7, "rank": 4, "spectrum": 32})],
+    (BASIS, "groups", {f"{2**40}x{2**40}": {"layers": [SITE], "rank": 2**40, "spectrum": 2**40}}),
+    *[(BASIS, RECORD, value) for value in (7, {}, [], None)],
+    *[
+        (BASIS, f"{RECORD}/{key}", value)
+        for key in ("shape", "index", "rank", "energy", "tail", "numerical_rank", "bound")
+        for value in ("0", {}, None, True)
+    ],
+    *[(BASIS, f"{RECORD}/{key}", value) for key in ("solver", "weight_hash", "weight_dtype") for value in (0, None)],
+    *[(BASIS, f"{RECORD}/checksums", value) for value in (7, "x", "0" * 31, "g" * 32, "0" * 32)],
+    *[(BASIS, f"{RECORD}/index", value) for value in (-1, 1, 10**30)],
+]
+
+
+@pytest.mark.parametrize("name", ["", MOMENTS, f"moments/{SITE}", BASIS])
+def test_attributes_of_other_types(store, name):
+    file, actions = store / name / "zarr.json", uses(store)
+    if name == BASIS:
+        actions = {use: action for use, action in actions.items() if use not in ("covariances", "pool", "decompose")}
+    kept = file.read_text()
+    for key, value in [(key, value) for where, key, value in WRONG if where == name]:
+        *path, last = key.split("/")
+        document = json.loads(kept)
+        node = document["attributes"]
+        for step in path:
+            node = node[step]
+        node[last] = value
+        write(file, document)
+        results = {use: works_or_refuses(use, action) for use, action in actions.items()}
+        harmless = key in ("run", "options", "model/revision", "skipped") and isinstance(value, (dict, str))
+        assert harmless or not all(results.values()), (key, value)
+        file.write_text(kept)
+    assert look(store).findings == []
+
+
 # Names
 
 NAMES = ["../escape", "..", ".", "", "/etc", "a/b", "a\\b", "\x1b[2J", "a\x00b", "x" * 600, "zarr.json", 7, None, ["a"]]
@@ -266,8 +369,8 @@ def replace(value, old, new):
     return new if type(value) is int and value == old else value
 
 
-def fuzz(store, cases):
-    found = documents(store)
+def fuzz(store, cases, names):
+    found, actions = documents(store), uses(store)
 
     @settings(
         max_examples=cases,
@@ -282,12 +385,8 @@ def fuzz(store, cases):
             if document != found[file]:
                 write(file, document)
         try:
-            with bounded():
-                look(store)
-        except StoreError as error:
-            said = str(error)
-            assert len(said.splitlines()) == 1, said
-            assert "memory" not in said and "allocate" not in said, said
+            for name in names:
+                works_or_refuses(name, actions[name])
         finally:
             for file, document in other.items():
                 if document != found[file]:
@@ -298,12 +397,12 @@ def fuzz(store, cases):
 
 
 def test_fuzzed_metadata(store):
-    fuzz(store, 100)
+    fuzz(store, 100, ("info", "read", "verify"))
 
 
 @pytest.mark.stress
 def test_fuzzed_metadata_2000_times(store):
-    fuzz(store, 2000)
+    fuzz(store, 2000, ("info", "read", "verify", "attach", "bases", "covariances", "pool", "pull"))
 
 
 def test_nothing_is_executed_or_unpickled():
