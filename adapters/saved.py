@@ -210,12 +210,8 @@ def _referred(
     found = store if isinstance(store, Store) else open_store(store)
     bases = found.bases[origin.basis]
     if bases.hash != origin.hash:  # which tells the basis; a store's id changes when moments are added to it
-        which = (
-            "now" if found.id == origin.store else f"(its id is {found.id}, that of the one referred to {origin.store})"
-        )
-        raise PrepError(
-            f"{path} refers to another basis {origin.basis!r} than the one that {found.location} holds {which}"
-        )
+        other = "" if found.id == origin.store else f", which has the id {found.id} and not {origin.store}"
+        raise PrepError(f"{path} refers to another basis {origin.basis!r} than the one in {found.location}{other}")
     read = bases.read(ranks, max(ranks.values()))
     return {name: (read[name].U[:, :r], read[name].S[:r], read[name].P[:r]) for name, r in ranks.items()}
 

@@ -338,7 +338,7 @@ def test_merging_is_all_or_nothing(store, how):
     before = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
     if how in ("weight_norm", "spectral_norm"):  # their weight is made anew at every look
         before = {name: found for name, found in before.items() if "down_proj" not in name}
-    with pytest.raises(prep.PrepError, match="down_proj.*, a .*Linear, "):
+    with pytest.raises(prep.PrepError, match=r"down_proj.*, a .*Linear, "):
         prep.merge(model)
     after = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
     assert {name: after[name] for name in before} == before
