@@ -182,14 +182,12 @@ def merge(model: nn.Module) -> None:
         raise PrepError("the adapter is merged already")
     for name, layer in adapter.layers.items():
         kind = type(layer.base_layer).__name__
-        if "weight" not in layer.base_layer._parameters:  # of torch.nn.utils: weight_norm, spectral_norm and the like
-            raise PrepError(
-                f"{name}, a {kind}, computes its weight from others: remove its parametrization before merging"
-            )
         if not is_plain(layer.base_layer):
             raise PrepError(
                 f"{name}, a {kind}, is quantised, sharded or sparse: only whole floating-point weights are merged"
             )
+        if "weight" not in layer.base_layer._parameters:  # weight_norm, spectral_norm and the like
+            raise PrepError(f"{name}, a {kind}, computes its weight from others: remove its parametrization first")
     merged = {}
     for name, layer in adapter.layers.items():
         delta = layer.matrix().T if is_conv1d(layer.base_layer) else layer.matrix()

@@ -136,7 +136,7 @@ def test_a_linear_like_layer_is_adapted_and_verified_through_its_forward(store):
     assert torch.equal(logits(model), base)
     randomize(adapter)
     assert not torch.equal(logits(model), base)
-    with pytest.raises(prep.PrepError, match=f"{name}, a Packed, is quantised or sharded"):
+    with pytest.raises(prep.PrepError, match=f"{name}, a Packed, is quantised, sharded or sparse"):
         prep.merge(model)
     prep.detach(model)
     model.get_submodule(name).codes = model.get_submodule(name).codes.roll(1, 0)

@@ -223,7 +223,7 @@ def test_a_quantised_base_trains(tmp_path, kind, name):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     prep.save(model, tmp_path / "adapter.safetensors")
-    with pytest.raises(prep.PrepError, match="is quantised or sharded: only whole floating-point"):
+    with pytest.raises(prep.PrepError, match="is quantised, sharded or sparse: only whole floating-point"):
         prep.merge(model)
     model.eval()
     trained = model(x)
