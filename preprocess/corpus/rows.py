@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import PrepError
+from ...store.format.untrusted import check_nesting
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 SHUFFLE_BUFFER = 10_000  # rows
+CHECKED = 1 << 30  # bytes of JSON looked through before a reader sees them
 SHUFFLE_FILES = 10  # open at a time
 
 Row = dict[str, Any]
@@ -58,9 +60,27 @@ def _open(source: str, subset: str | None, split: str) -> Any:
     # The JSON and CSV readers fail on a file of no bytes; names are taken for patterns unless escaped.
     names = [glob.escape(os.path.abspath(file)) for file in files if os.path.getsize(file)]
     reader = READERS[_extension(files[0])]
+    if reader == "json":
+        _check_nesting(files)
     # By default the Parquet reader takes a whole row group at once, and fails on an empty one.
     settings = {"batch_size": 1000} if reader == "parquet" else {}
     return datasets.load_dataset(reader, data_files=names, split=split, streaming=True, **settings) if names else None
+
+
+def _check_nesting(files: list[str]) -> None:
+    """PrepError for JSON nested so deep that its readers, which recurse, would end the process; in the first GB."""
+    left = CHECKED
+    for file in files:
+        with open(file, "rb") as opened:
+            # a .json file is one value, a .jsonl file one a line
+            for number, part in enumerate([opened.read(left)] if _extension(file) == ".json" else opened, 1):
+                try:
+                    check_nesting(part)
+                except ValueError as error:
+                    raise PrepError(f"{file} (value {number}) cannot be read: {error}; give other --data") from None
+                left -= len(part)
+                if left <= 0:
+                    return
 
 
 def _files(source: str) -> list[str]:

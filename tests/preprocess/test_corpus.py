@@ -516,3 +516,12 @@ def test_wrong_chats(tmp_path):
         assert line.startswith(f"column {column!r} is no list of messages with a role and a content")
     line = message(path, tokenizer, chat_column="ok")
     assert line.startswith("the chat template refuses a row of column 'ok' (roles must alternate)")
+
+
+@pytest.mark.parametrize(("name", "value"), [("t.jsonl", 2), ("t.json", 1)])
+def test_json_that_is_nested_too_deep_does_not_take_the_process_down(tmp_path, tokenizer, name, value):
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / name).write_text(f'{{"text": "a"}}\n{{"text": "b", "x": {deep}}}\n')
+    said = rf"{name} \(value {value}\) cannot be read: it is nested more than 100 deep; give other --data"
+    with pytest.raises(PrepError, match=said):
+        load_corpus(CorpusOptions(str(tmp_path / name), num_sequences=1, seq_len=4), tokenizer)

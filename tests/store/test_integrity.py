@@ -353,3 +353,12 @@ def test_infinite_values_are_refused(store):
     with pytest.raises(StoreError, match="mean has a chunk that is missing or not finite"):
         _ = open_store(store).moments[DOWN].mean
     assert torch.isfinite(open_store(store).moments[DOWN].second_moment).all()
+
+
+def test_a_basis_of_components_of_a_low_rank_input_is_whole(made, tmp_path):
+    """EVA's S are standard deviations of the input: fewer tokens than channels end them in zeros, and that is right."""
+    run = {**RUN, "num_sequences": 1, "seq_len": 6, "batch_size": 1}
+    prep.covariance(made.model, made.data, store=tmp_path / "s", **run)
+    basis = prep.decompose(tmp_path / "s", for_="eva", rank=24, quiet=True)
+    assert min(float(one.S.min()) for one in basis.read().values()) == 0
+    assert verify(tmp_path / "s", model=made.model).findings == []
