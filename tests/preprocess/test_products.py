@@ -60,21 +60,21 @@ def test_views_doubles_and_no_tokens():
 
 
 def _constant(draw):
-    x = draw.standard_normal((2048, 640))
+    x = draw.standard_normal((8192, 640))
     x[:, 7] = 3777.123
     return x
 
 
 def _drifting(draw):
-    return 0.1 * draw.standard_normal((2048, 640)) + 5 * draw.standard_normal(640)
+    return 0.1 * draw.standard_normal((8192, 640)) + 5 * draw.standard_normal(640)
 
 
 def _heavy(draw):
-    return draw.standard_normal((2048, 640)) * np.exp(2 * draw.standard_normal(640))
+    return draw.standard_normal((8192, 640)) * np.exp(2 * draw.standard_normal(640))
 
 
-@pytest.mark.parametrize(("make", "bound"), [(_constant, 2 * 512**0.5 * 2**-24), (_drifting, 3e-7), (_heavy, 3e-7)])
-@pytest.mark.parametrize("rows", [2048, 512, 700])
+@pytest.mark.parametrize(("make", "bound"), [(_constant, 2 * 2048**0.5 * 2**-24), (_drifting, 3e-7), (_heavy, 3e-7)])
+@pytest.mark.parametrize("rows", [8192, 2048, 700])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_error_keeps_its_bound_whatever_the_batch(make, bound, rows, threads, monkeypatch):
     """threads 4 is more than this matrix has blocks for: torch forms whole panels then."""
@@ -82,7 +82,7 @@ def test_the_error_keeps_its_bound_whatever_the_batch(make, bound, rows, threads
     x = make(np.random.default_rng(0)).astype(np.float32)
     ranges = panels(640)
     wanted, got = np.zeros((640, 640)), np.zeros((640, 640))
-    for a in range(0, 2048, rows):
+    for a in range(0, 8192, rows):
         part = x[a : a + rows]
         wanted += part.T.astype(np.float64) @ part.astype(np.float64)
         for i, columns, product in gram_blocks(torch.from_numpy(part), ranges):
