@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import __version__
-from ...errors import PrepError
+from ...errors import PrepError, StoreError
 from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
 from ...store import BasisSet, BasisWriter, LayerRecord, Moments, create_store, open_store
 from ...store.bases import LayerDone
 from ...store.format.schema import DTYPES, content_hash, disk_guard
 from ...store.lock import writer_lock
+from ...store.staging import occupied
 from ..distributed import World, dealt
 from ..model import loading
 from ..numerics.methods import Method
@@ -92,6 +93,8 @@ class Decomposition:
         request, options = self._request, self._request.options
         stack.enter_context(writer_lock(options.store, options.break_lock))
         if request.store is None:
+            if occupied(options.store):
+                raise StoreError(f"{options.store} was made by another process meanwhile: run the same command again")
             self._store_without_moments()
         basis = same_basis(request)
         if basis is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from ...errors import PrepError, StoreError
 from ...linear import layer_shape, weight_hash, weight_matrix
 from ...store import Bases, BasisSet, LayerMoment, Moments, Store, open_store
-from ...store.format.schema import is_url
+from ...store.format.schema import check_writable_name, is_url
+from ...store.staging import interrupted, occupied
 from ..model import loading
 from ..model.experts import expert_layers
 from ..model.sites import target_layers
@@ -54,6 +54,7 @@ def open_request(options: DecomposeOptions) -> Request:
     name = options.name or basis_name(method)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "zarr.json":
         raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
+    check_writable_name(name, "basis")
     found = _open(options, method)
     layers = _checked_layers(found, method) if found is not None else None
     model_id = None if isinstance(options.model, nn.Module) else _model_id(options.model, found)
@@ -197,7 +198,7 @@ def _open(options: DecomposeOptions, method: Method) -> Store | None:
     """The store, or None where none is there and none is needed."""
     location = options.store
     needed = method.metric != "identity" or method.select == "activation" or options.model is None
-    absent = not is_url(location) and not Path(location).exists()
+    absent = not is_url(location) and not occupied(location) and interrupted(location) is None
     if not needed and absent:
         return None
     if absent:

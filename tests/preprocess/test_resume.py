@@ -260,6 +260,32 @@ def test_a_basis_that_another_writer_completes_meanwhile_is_not_replaced(made, r
     assert list(open_store(run.store).bases) == ["full", "mine"]
 
 
+def test_bases_are_added_to_a_store_however_it_is_spelled(made, run, tmp_path):
+    """Metric identity needs no store, and so begins one where none is: never over one that is there."""
+    shutil.copytree(made.whole, run.store)
+    (tmp_path / "link").symlink_to(run.store)
+    for i, place in enumerate((f"file://{run.store}", tmp_path / "link", f"{tmp_path}/./s")):
+        prep.decompose(place, metric="identity", model=run.model, rank=2, name=f"b{i}", quiet=True)
+    moments_equal(run.store, made.whole)
+    assert list(open_store(run.store).bases) == ["b0", "b1", "b2"]
+    assert prep.covariance(made.model, made.data, store=f"file://{made.whole}", **made.options).id  # nothing to do
+
+
+def test_a_store_that_appears_while_the_model_is_loaded_is_not_replaced(made, run, monkeypatch):
+    from prep.preprocess import decompose as stage
+
+    load = stage.load_layers
+
+    def slowly(request):
+        shutil.copytree(made.whole, run.store)
+        return load(request)
+
+    monkeypatch.setattr(stage, "load_layers", slowly)
+    with pytest.raises(StoreError, match="was made by another process meanwhile: run the same command again"):
+        prep.decompose(run.store, metric="identity", model=run.model, rank=2, quiet=True)
+    moments_equal(run.store, made.whole)
+
+
 # Signals
 
 
