@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .errors import PrepError
 
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's `Conv1D`: a linear layer that keeps its weight as (d_in, d_out)."""
@@ -37,15 +39,23 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
     Packed and scaled weights are dequantised by their own library. PrepError where none is known for them.
     """
-    kept = getattr(module, "weight", None)
-    weight = parameter(module, "weight") if is_whole(kept) else _dequantised(module, kept)
+    weight = parameter(module, "weight") if is_plain(module) else _dequantised(module, getattr(module, "weight", None))
     return weight.T if is_conv1d(module) else weight
 
 
-def is_whole(weight: Any) -> bool:
-    """Whether a weight is an ordinary tensor of floating-point numbers: not packed, scaled, sparse or a subclass."""
-    ordinary = type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
-    return ordinary and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary tensor of floating-point numbers: not packed, scaled, sparse or a subclass."""
+    weight: Any = getattr(module, "weight", None)
+    if type(weight) not in (nn.Parameter, Tensor) or weight.layout != torch.strided or weight.dtype not in PLAIN:
+        return False
+    d_out, d_in = layer_shape(module)  # codes may be kept in a floating-point dtype
+    scaled = scales(module) and type(module).__name__ != "FP8Linear"  # which does not scale what it has dequantised
+    return weight.numel() == d_out * d_in and not scaled
+
+
+def scales(module: nn.Module) -> list[str]:
+    """The names of a module's own tensors that scale another one."""
+    return [name for name in (*module._parameters, *module._buffers) if "scale" in name]
 
 
 def _dequantised(module: Any, weight: Any) -> Tensor:
@@ -56,20 +66,25 @@ def _dequantised(module: Any, weight: Any) -> Tensor:
             from bitsandbytes import functional
 
             data, state = weight.data, copy.copy(weight.quant_state)
+            if state is None:  # it has not been quantised yet
+                return data
             if getattr(state, "packing_format_for_cpu", False):  # as the first forward on a CPU leaves it
+                scale = state.absmax.T.reshape(-1).float()
                 data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+                state.absmax, state.nested = scale, False  # it rounds nested ones again and leaves others transposed
             return functional.dequantize_4bit(data, state).reshape(layer_shape(module))
         if kind == "Int8Params":
             from bitsandbytes import functional
 
-            scales = getattr(weight, "SCB", None)
-            scales = module.state.SCB if scales is None else scales
-            return functional.int8_vectorwise_dequant(weight.data, scales)
+            if weight.dtype != torch.int8:  # it has not been quantised yet
+                return weight.data
+            scale = weight.SCB if weight.SCB is not None else module.state.SCB
+            return functional.int8_vectorwise_dequant(weight.data, scale)
         if type(module).__name__ == "FP8Linear":
             from transformers.integrations import finegrained_fp8
 
-            scales = module.weight_scale_inv.detach()
-            return finegrained_fp8._dequantize_fp8_weight(weight, scales, module.block_size, torch.float32)
+            scale = module.weight_scale_inv.detach()
+            return finegrained_fp8._dequantize_fp8_weight(weight, scale, module.block_size, torch.float32)
         if kind not in ("Parameter", "Tensor") and hasattr(weight, "dequantize"):  # torchao
             return weight.dequantize()
     sparse = isinstance(weight, Tensor) and weight.layout != torch.strided

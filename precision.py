@@ -51,4 +51,6 @@ def _ieee() -> Iterator[None]:
         yield
     finally:
         for place, value in zip(places, known, strict=True):
-            place.fp32_precision = value
+            place.fp32_precision = "none"  # it then reads as the setting above it, which it goes on following
+            if place.fp32_precision != value:
+                place.fp32_precision = value

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PrepError
-from ..linear import is_conv1d, layer_shape
+from ..linear import is_conv1d, is_plain, layer_shape
 from ..store import Store, open_store
 from .adapter import Adapter, Origin, find_adapter
 from .coefficient import Coefficient
 from .cores import CORES, Core
-from .drift import check_weight, is_plain, tensors_of
+from .drift import check_weight, tensors_of
 from .layer import AdaptedLinear
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")

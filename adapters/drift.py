@@ -11,18 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PrepError
-from ..linear import dtype_name, is_whole, layer_shape, weight_hash, weight_matrix
+from ..linear import dtype_name, is_plain, layer_shape, weight_hash, weight_matrix
 from ..precision import exact
 from ..store.format.schema import DTYPES
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3, "int8": 5e-2}
 PACKED_TOLERANCE = 0.25  # four bits show 0.07 to 0.1, other weights more than 1
 PROBES = 8
-
-
-def is_plain(module: nn.Module) -> bool:
-    """True if the weight is an ordinary floating-point tensor, not packed and not a tensor subclass."""
-    return is_whole(getattr(module, "weight", None))
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The adapted layer: y = base(x) + core(p) @ U.T with p = x @ P.T; the base weight is never written."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,12 +67,20 @@ class AdaptedLinear(nn.Module):
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
             return functional_call(core, state, (p.to(dtype),))
 
+    def project(self, x: Tensor) -> Tensor:
+        """x @ P.T: x (..., d_in) -> (..., r). A P that is wider than float16 is not cast to it."""
+        device, P = x.device.type, self.P
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if dtype == torch.float16 != P.dtype:
+            with torch.autocast(device, enabled=False):
+                p = F.linear(x.to(P.dtype), P)
+        else:
+            p = F.linear(x, P.to(x.dtype))
+        return p if self.exponent is None else torch.ldexp(p.float(), self.exponent)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        p = F.linear(x, self.P.to(x.dtype))
-        if self.exponent is not None:
-            p = torch.ldexp(p.float(), self.exponent)
-        q = self.change(p).to(x.dtype)
+        q = self.change(self.project(x)).to(x.dtype)
         return y + (q @ self.Ut.to(x.dtype)).to(y.dtype)
 
     def matrix(self) -> Tensor:
@@ -79,6 +88,19 @@ class AdaptedLinear(nn.Module):
         with torch.no_grad(), exact():
             K = self.change(torch.eye(len(self.P), device=self.P.device))
             return self.U.to(K.dtype) @ K.T @ self.projector.to(K.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "AdaptedLinear":
+        """Moves and casts, as of `half()`: P, or the core for its S, is only moved where float16 has no room for it."""
+        core = self.core
+        basis = {id(tensor): core.S[:, None] for tensor in (*core.parameters(), *core.buffers())} | {id(self.P): self.P}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if id(tensor) not in basis or new.dtype != torch.float16 or tensor.dtype == torch.float16:
+                return new
+            return new if row_exponents(basis[id(tensor)], torch.float16) is None else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, rank {len(self.P)}"

@@ -37,6 +37,12 @@ def components(
     kept = redistribute(shares, sum(ranks.values()))
     rows = {layer: read[layer].P[: kept[layer]] for layer in ranks}
     if whiten:
+        for layer, row in rows.items():
+            if len(row) and not float(read[layer].S[len(row) - 1]) > 0:
+                raise PrepError(
+                    f"the input of {layer} varies in fewer than {len(row)} directions, and whitening divides by their "
+                    "deviation: lower r, or leave out whiten"
+                )
         counts = {layer: store.moments[layer].count for layer in ranks}
         rows = {
             layer: (row.double() / (read[layer].S[: len(row), None] * counts[layer] ** 0.5).sqrt()).to(row.dtype)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PrepError
-from ...linear import weight_matrix
+from ...linear import is_plain, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ..attach import find_layers, refuse_adapted
-from ..drift import check_weight, is_plain
+from ..drift import check_weight
 from . import eva
 from .lora import check_stored, describe, factors
 

@@ -21,7 +21,7 @@ from ...errors import Interrupted, PrepError
 from ...precision import exact
 from ...store import SiteData, Store, begin_moments, create_store, open_store, write_site
 from ...store.checkpoint import begin_slot, finish, read_checkpoint, read_sums, use_slot, write_sums
-from ...store.format.schema import disk_guard, put_attributes
+from ...store.format.schema import DTYPES, disk_guard, put_attributes
 from ...store.lock import writer_lock
 from ...store.moments import skip_sites
 from ...store.staging import put_in_place, resolved
@@ -117,8 +117,8 @@ class Calibration:
             if site.name not in idle and sums.kept:
                 sums.restore(self._reduced(sums.data(), counts[site.name]))
                 if self._world.writes:
-                    data = sums.finish({name: self._network.weights[name] for name in site.members})
-                    write_site(root["moments"], site.name, data, self._options.moment_dtype)
+                    dtype, members = self._options.moment_dtype, {m: self._network.weights[m] for m in site.members}
+                    write_site(root["moments"], site.name, sums.finish(members, DTYPES[dtype]), dtype)
         self._world.barrier()
         self._done |= {site.name for site in part.sites}
         self._batches, self._tokens = 0, max(self._tokens, *counts.values())

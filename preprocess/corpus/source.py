@@ -148,14 +148,21 @@ def _call(model: nn.Module, device: torch.device, batch: Inputs) -> object:
     return model(*own) if isinstance(own, (tuple, list)) else model(own)
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    """A batch on a device, its tensors copied: a model may change its input, which is read again."""
+def _copied(value: Any, device: torch.device, made: dict[int, Tensor] | None = None) -> Any:
+    """A batch on a device, its tensors copied: a model may change its input, which is read again.
+
+    made: the copies there are, by the id of their tensors: what is one tensor in the batch stays one.
+    """
+    made = {} if made is None else made
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
+        if id(value) not in made:
+            made[id(value)] = value.detach().to(device, copy=True)
+        return made[id(value)]
     if isinstance(value, Mapping):
-        return {name: _copied(item, device) for name, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_copied(item, device) for item in value)
+        return {name: _copied(item, device, made) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_copied(item, device, made) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # fields: of a named tuple
     return value
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import PrepError
-from ...linear import offload_hook, parameter
+from ...linear import PLAIN, offload_hook, parameter, scales
 
 _PRODUCTS = (F.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm)
 _MARKS = ("is_transposed", "has_gate")  # what transformers sets on every module of fused experts
@@ -54,14 +54,14 @@ class ExpertLinear(nn.Linear):
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
     """The fused experts of a model, `<module>.<expert>.<parameter>` -> layer, such as `...mlp.experts.3.gate_up_proj`.
 
-    Parameters that are packed, or whose values are nowhere, are left out.
+    Parameters that are packed or scaled, or whose values are nowhere, are left out.
     """
     found: dict[str, ExpertLinear] = {}
     for name, module in model.named_modules():
-        if not is_fused(module):
+        if not is_fused(module) or scales(module):
             continue
         for key, W in module.named_parameters(recurse=False):
-            if W.ndim == 3 and W.is_floating_point() and not (W.is_meta and offload_hook(module) is None):
+            if W.ndim == 3 and W.dtype in PLAIN and not (W.is_meta and offload_hook(module) is None):
                 count, d_out, d_in = _matrices(module, W).shape
                 for e in range(count):
                     found[f"{name}.{e}.{key}"] = ExpertLinear(module, key, f"{name}.{key}", e, (d_out, d_in))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PrepError
+from ...linear import dtype_name
 from ...store.format.schema import panels
 from ...store.moments import SiteData
 from .products import gram_blocks
@@ -72,7 +73,6 @@ class SiteSums:
     ):
         self.name, self.kind, self.kept, self._collect = name, kind, kept, collect
         self.count = 0
-        self._own, self._exponents = 0, [0]  # of the batch under way: of this process, of all
         self.sum_x = torch.zeros(d_in, dtype=torch.float64)
         self.sum_x2 = torch.zeros(d_in, dtype=torch.float64) if kind != "full" else None
         self.second = GramSum(d_in, collect, kept) if kind == "full" else None
@@ -88,24 +88,28 @@ class SiteSums:
                 f"the input of {self.name} is NaN or infinite in batch {batch}: "
                 "try --dtype float32, or look at the data"
             )
-        X, self._own = _in_range(X, total)
-        said = self._collect(torch.tensor([X.shape[0] if count is None else count, self._own]))
+        X, own = _in_range(X, total)
+        said = self._collect(torch.tensor([X.shape[0] if count is None else count, own]))
         counts = [part.tolist() for part in said]
         self.count += sum(tokens for tokens, _ in counts)
-        self._exponents = [exponent for _, exponent in counts]
+        exponents = [exponent for _, exponent in counts]
         for part in self._collect(total):
             self.sum_x.add_(part)
         if self.second is not None:
-            self.second.add(X, self._exponents)
+            self.second.add(X, exponents)
         if self.sum_x2 is not None:
             parts = self._collect(X.square().sum(0).cpu())
-            for part, e in zip(parts, self._exponents, strict=True):
+            for part, e in zip(parts, exponents, strict=True):
                 self.sum_x2.add_(part.double() * 4.0**e if e else part)
 
     def add_output(self, layer: str, Y: Tensor) -> None:
-        """Add the bias-free outputs Y (n, d_out) of one member for the same tokens."""
+        """Add the bias-free outputs Y (n, d_out) of one member for the same tokens. PrepError for infinite ones."""
         Y = Y if Y.dtype == torch.float64 else Y.float()
-        self.outputs[layer].add(Y * 2.0**-self._own if self._own else Y, self._exponents)
+        total = Y.sum(0).cpu()
+        if not torch.isfinite(total).all():
+            raise PrepError(f"the output of {layer} is NaN or infinite: try --dtype float64, or look at the data")
+        Y, own = _in_range(Y, total)
+        self.outputs[layer].add(Y, [int(e) for e in self._collect(torch.tensor(own))])
 
     def add_nothing(self, dtype: torch.dtype) -> None:
         """Take part in a batch that brought this process no tokens; dtype: of the activations elsewhere."""
@@ -138,10 +142,10 @@ class SiteSums:
         if not self.count:
             raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
 
-    def finish(self, members: dict[str, dict]) -> SiteData:
-        """The sums divided by the token count, in place: the accumulator is used up.
+    def finish(self, members: dict[str, dict], dtype: torch.dtype = torch.float64) -> SiteData:
+        """The sums divided by the token count, in place: the accumulator is used up. dtype: in which they are stored.
 
-        PrepError where no token came or a product overflowed.
+        PrepError where no token came, a product overflowed, or `dtype` cannot hold the moments.
         """
         self.need_tokens()
         data = SiteData(
@@ -153,11 +157,25 @@ class SiteSums:
             diagonal=self.sum_x2.div_(self.count) if self.sum_x2 is not None else None,
             outputs={layer: total.mean(self.count) for layer, total in self.outputs.items()} or None,
         )
-        blocks = [*(data.second_moment or []), *(p for panel in (data.outputs or {}).values() for p in panel)]
-        blocks += [data.diagonal] if data.diagonal is not None else []
-        if not all(torch.isfinite(block).all() for block in blocks):
-            raise PrepError(f"the second moment of {self.name} overflows float32: run the model with --dtype float64")
+        diagonal = [data.diagonal] if data.diagonal is not None else []
+        limits = torch.finfo(dtype)
+        for blocks in (data.second_moment or [], diagonal, *(data.outputs or {}).values()):
+            largest = max((_largest(block) for block in blocks), default=0.0)
+            if not math.isfinite(largest):
+                raise PrepError(
+                    f"the second moment of {self.name} overflows float32: run the model with --dtype float64"
+                )
+            if largest > limits.max or 0 < largest < limits.smallest_normal / limits.eps:
+                raise PrepError(
+                    f"the second moment of {self.name}, up to {largest:.0e}, is beyond {dtype_name(dtype)}: "
+                    "store it with --moment-dtype float64"
+                )
         return data
+
+
+def _largest(X: Tensor) -> float:
+    """The largest magnitude, NaN where there is one."""
+    return float(torch.stack(torch.aminmax(X)).abs().max())
 
 
 def _in_range(X: Tensor, total: Tensor) -> tuple[Tensor, int]:
@@ -168,7 +186,7 @@ def _in_range(X: Tensor, total: Tensor) -> tuple[Tensor, int]:
     sums = total.abs().max() if len(total) else torch.zeros(())
     if X.dtype == torch.float64 or not X.numel() or _USUAL[0] <= sums <= _USUAL[1]:
         return X, 0
-    largest = float(X.abs().max())
+    largest = _largest(X)
     if largest == 0 or 2.0**-30 <= largest <= 2.0**40:
         return X, 0
     e = max(math.frexp(largest)[1], -120)  # 2^120 is a float32

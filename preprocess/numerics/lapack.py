@@ -19,6 +19,11 @@ from typing import Any
 
 import numpy as np
 
+try:  # with this module, so that limits on BLAS threads reach SciPy's library, too
+    from scipy.linalg import cython_blas, cython_lapack
+except ImportError:
+    cython_blas = cython_lapack = None
+
 _SCALARS: dict[type, Callable[[Any], Any]] = {
     str: lambda letter: ctypes.c_char(letter.encode()),
     int: ctypes.c_int,
@@ -143,8 +148,6 @@ def _reachable(*names: str) -> bool:
 @cache
 def _routine(name: str) -> Any:
     """The function in the capsule that SciPy publishes for C callers. ImportError if its integers are not C's int."""
-    from scipy.linalg import cython_blas, cython_lapack
-
     module = cython_lapack if name in cython_lapack.__pyx_capi__ else cython_blas
     capsule, api = module.__pyx_capi__[name], ctypes.pythonapi
     api.PyCapsule_GetName.argtypes, api.PyCapsule_GetName.restype = [ctypes.py_object], ctypes.c_char_p

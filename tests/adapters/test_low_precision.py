@@ -84,3 +84,32 @@ def test_a_basis_that_does_not_fit_float16_is_not_stored_in_it(made, tmp_path):
         prep.open_store(path / "s").bases["half"]
     found = prep.decompose(path / "s", dtype="bfloat16", overwrite=True, **options)
     assert all(torch.isfinite(basis.P).all() for basis in found.read().values())
+
+
+@pytest.mark.parametrize("how", ["autocast", "half() after attach"])
+def test_a_float32_model_that_turns_to_float16_keeps_its_basis(made, how):
+    path, directory = made
+    torch.manual_seed(0)
+    model = load(directory, "float32")
+    base = logits(model)
+    adapter = prep.attach(model, path / "s", core="dense", basis="full-p1-bottom")
+    for parameter in adapter.parameters():
+        parameter.data.normal_(std=10)
+    wanted = logits(model)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.float16):
+            found = logits(model)
+    else:
+        found = logits(model.half())
+        assert {layer.weight.dtype for layer in adapter.layers.values()} == {torch.float16}
+    assert torch.isfinite(found).all()
+    assert (found - wanted).norm() < 0.01 * (wanted - base).norm()
+
+
+def test_a_cast_that_loses_nothing_is_a_cast(made):
+    path, directory = made
+    prep.decompose(path / "s", for_="pissa", rank=6, quiet=True)
+    adapter = prep.attach(load(directory, "float32"), path / "s", basis="identity", layers="q_proj")
+    for layer in adapter.layers.values():
+        layer.half()
+        assert {tensor.dtype for tensor in layer.parameters()} == {torch.float16}

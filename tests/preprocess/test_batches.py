@@ -1,6 +1,7 @@
 """Modules and batches of one's own, masks, encoder-decoders and experts: moments against float64 sums, and errors."""
 
 import json
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -402,3 +403,27 @@ def test_very_small_and_large_activations(scale, moment, tmp_path):
         assert tiny.relative(found.second_moment, share * gram(X)) < 1e-6
     if moment == "output":
         assert tiny.relative(found.output, share * gram(X @ tiny.weight(net[0]).T)) < 1e-5
+
+
+class Doubling(nn.Module):
+    """Changes a field of a named tuple, and reads one tensor by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 4)
+
+    def forward(self, pair, again):
+        pair.a.mul_(2)
+        return self.first(pair.a).sum() + self.second(again).sum()
+
+
+def test_copies_keep_named_tuples_and_what_is_one_tensor(tmp_path):
+    Pair = namedtuple("Pair", ["a", "b"])
+    parts = [torch.randn(5, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    given = [x.clone() for x in parts]
+    batches = [{"pair": Pair(x, "text"), "again": x} for x in given]
+    store = prep.covariance(Doubling(), batches=batches, store=tmp_path / "s", quiet=True)
+    assert list(store.moments.sites.values()) == [["first", "second"]]
+    X = 2 * torch.cat(parts).double().numpy()
+    assert tiny.relative(store.moments["first"].second_moment, gram(X)) < 1e-6
+    assert all(torch.equal(x, part) for x, part in zip(given, parts, strict=True))

@@ -416,3 +416,27 @@ def test_options_are_checked_before_anything_is_read(tmp_path):
     for options in ({"moment": "ful"}, {"moment_dtype": "float16"}, {"dtype": "int8"}):
         with pytest.raises(PrepError, match=r"does not exist: take one of .*float|full"):
             prep.covariance("nowhere", "nothing", store=tmp_path / "s", **options)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e24])
+def test_outputs_of_any_size_are_summed_right(strange, scale):
+    """Inputs of ordinary size and a weight that is not."""
+    strange.model.early.weight.data *= scale
+    found = run(strange, "output")["early"].outputs["early"][0]
+    Y = strange.x.reshape(-1, 6).double().numpy() @ tiny.weight(strange.model.early).T
+    assert tiny.relative(found, gram(Y)) < 1e-6
+
+
+def test_outputs_that_are_not_finite_are_named(strange):
+    strange.model.early.weight.data *= 1e25
+    with pytest.raises(PrepError, match=r"output of early is NaN or infinite: try --dtype float64"):
+        run(strange, "output", [{"input_ids": strange.x * 1e20}])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e21])
+def test_moments_that_float32_cannot_store_are_refused(scale, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 4))
+    options = {"batches": [torch.randn(40, 6) * scale], "store": tmp_path / "s", "quiet": True}
+    with pytest.raises(PrepError, match=r"second moment of 0, .* is beyond float32: .*--moment-dtype float64"):
+        prep.covariance(model, moment_dtype="float32", **options)
+    assert prep.covariance(model, **options, overwrite=True).status == "complete"

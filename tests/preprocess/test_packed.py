@@ -10,7 +10,8 @@ from torch import nn
 
 import prep
 from prep import PrepError
-from prep.linear import weight_matrix
+from prep.linear import is_plain, weight_matrix
+from prep.preprocess.model.experts import expert_layers
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -124,3 +125,69 @@ def test_what_cannot_be_read_is_refused_by_name(layer, said, tmp_path):
     assert not (tmp_path / "s").exists()
     store = prep.covariance(model, batches=[torch.randn(5, 64)], exclude=["first"], store=tmp_path / "s", quiet=True)
     assert list(store.moments) == ["second"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_several_scales_a_row_keep_their_places(nested):
+    """What some CPUs repack in the first forward is read as what the layer then computes with."""
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 96, bias=False)
+    layer = bnb.nn.Linear4bit(
+        128, 96, bias=False, quant_type="nf4", compress_statistics=nested, compute_dtype=torch.float32
+    )
+    layer.load_state_dict(plain.state_dict())
+    assert torch.equal(weight_matrix(layer), plain.weight)  # not quantised yet
+    layer = layer.to("cpu").eval()
+    before = weight_matrix(layer)
+    with torch.no_grad():
+        computed = layer(torch.eye(128)).T.double().numpy()
+    assert tiny.relative(weight_matrix(layer), computed) < 4e-3
+    assert tiny.relative(before, computed) < 4e-3
+
+
+def test_int8_before_it_is_quantised():
+    layer = bnb.nn.Linear8bitLt(64, 64, bias=False)
+    assert torch.equal(weight_matrix(layer), layer.weight)
+
+
+def scaled():
+    layer = nn.Linear(64, 64, bias=False).bfloat16()
+    layer.register_buffer("weight_scale", torch.full((64, 1), 2.0))
+    return layer
+
+
+def codes_in_floats():
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight = nn.Parameter(torch.zeros(64 * 64 // 8, 1), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("made", [scaled, codes_in_floats])
+def test_ordinary_numbers_that_are_not_the_weight_are_refused(made):
+    with pytest.raises(PrepError, match=r"the weight of a Linear is packed or scaled .*--exclude"):
+        weight_matrix(made())
+
+
+def test_fp8_that_was_dequantised_on_loading_is_plain():
+    model = net()
+    fp8(model)
+    model.first.weight = nn.Parameter(torch.randn(64, 64).bfloat16())
+    assert is_plain(model.first) and torch.equal(weight_matrix(model.first), model.first.weight)
+
+
+class Experts(nn.Module):
+    """Fused experts with a scale of each beside them."""
+
+    is_transposed, has_gate = False, True
+
+    def __init__(self, dtype, scale):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.zeros(2, 6, 4).to(dtype), requires_grad=False)
+        if scale:
+            self.up_proj_scale_inv = nn.Parameter(torch.ones(2, 1, 1))
+
+
+def test_packed_and_scaled_experts_are_left_out():
+    assert len(expert_layers(Experts(torch.float32, False))) == 2
+    for dtype, scale in ((torch.float8_e4m3fn, True), (torch.float8_e4m3fn, False), (torch.bfloat16, True)):
+        assert expert_layers(Experts(dtype, scale)) == {}

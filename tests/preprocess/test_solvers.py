@@ -1,5 +1,8 @@
 """The eigenvectors of few directions, and the LAPACK routines below them, against NumPy and SciPy."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -122,3 +125,19 @@ def test_arguments_are_left_alone_and_threads_agree():
                 np.testing.assert_array_equal(a, b)
     for x, y in zip((G, C, W), before, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_limits_on_threads_reach_the_library_that_is_called():
+    """In a process of its own: a library that is loaded inside of the limit would not obey it."""
+    code = """
+import prep.preprocess.decomposition.workers
+from threadpoolctl import threadpool_info, threadpool_limits
+with threadpool_limits(1):
+    from prep.preprocess.numerics import lapack
+    import numpy as np
+    lapack.times_lower(np.ones((3, 4)), np.ones((4, 4)))
+    print(*{found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"})
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["1"], done.stderr

@@ -16,6 +16,7 @@ from stores import RUN, everything, files, flip
 
 import prep
 from prep import StoreError
+from prep.adapters.peft.eva import components
 from prep.preprocess.verify import verify
 from prep.store import BasisWriter, LayerRecord, create_store, open_store
 from prep.store.format import schema
@@ -362,3 +363,27 @@ def test_a_basis_of_components_of_a_low_rank_input_is_whole(made, tmp_path):
     basis = prep.decompose(tmp_path / "s", for_="eva", rank=24, quiet=True)
     assert min(float(one.S.min()) for one in basis.read().values()) == 0
     assert verify(tmp_path / "s", model=made.model).findings == []
+
+
+def test_components_that_do_not_vary_are_not_whitened(tmp_path):
+    """Inputs of three directions: whitening would divide by the deviation of the others, which is zero."""
+    X = torch.zeros(20, 8)
+    X[:, :3] = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 10))
+    prep.covariance(model, batches=[X], store=tmp_path / "s", quiet=True)
+    prep.decompose(tmp_path / "s", for_="eva", model=model, rank=8, quiet=True)
+    store = open_store(tmp_path / "s")
+    with pytest.raises(prep.PrepError, match="the input of 0 varies in fewer than 8 directions"):
+        components(store, store.bases["eva"], {"0": 8}, 1.0, whiten=True)
+    assert torch.isfinite(components(store, store.bases["eva"], {"0": 3}, 1.0, whiten=True)["0"]).all()
+
+
+@pytest.mark.parametrize("seed", [4, 10, 11])
+def test_a_channel_that_never_changes_is_whole(tmp_path, seed):
+    """Its square is a float32 sum of equal terms, the worst case of rounding, and nearly all of the trace."""
+    draw = np.random.default_rng(seed)
+    X = torch.tensor(draw.standard_normal((2048, 64)) * 1e-3, dtype=torch.float32)
+    X[:, 5] = float(draw.uniform(50, 100))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4))
+    prep.covariance(model, batches=[X], store=tmp_path / "s", quiet=True)
+    assert verify(tmp_path / "s").findings == []

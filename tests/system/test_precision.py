@@ -111,3 +111,16 @@ def test_merging_does_not_depend_on_settings(made, setting):
     with SETTINGS[setting]():
         found = merged()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_setting_that_follows_another_still_does():
+    above, place = torch.backends, torch.backends.mkldnn.matmul
+    before = above.fp32_precision, place.fp32_precision
+    try:
+        place.fp32_precision, above.fp32_precision = "none", "bf16"
+        with exact():
+            assert place.fp32_precision == "ieee"
+        above.fp32_precision = "none"
+        assert place.fp32_precision == "none"
+    finally:
+        above.fp32_precision, place.fp32_precision = before
