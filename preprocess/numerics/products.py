@@ -2,7 +2,7 @@
 
 float32 products are of at most TOKENS tokens; those of longer batches are added in float64. Whatever the batch, the
 relative error stays below 2 sqrt(TOKENS) 2^-24 = 5.4e-6 (Frobenius), which a channel that is constant comes near to;
-where rounding errors have changing signs it is below 3e-7.
+elsewhere it is 1e-9 to 7e-7 (measured on SmolLM2: median 6e-8).
 
 On a CPU each block is one call of NumPy's BLAS on one thread, and as many threads as torch has take blocks in turn:
 threads of the library's own would fight with torch's. A block on the diagonal is A^T A of one A, which NumPy forms by
