@@ -158,15 +158,15 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     from .preprocess.distributed import launched
     from .store.info import skipped_lines
 
-    found = run(store=store, quiet=quiet, distributed=launched(), **options)
-    if found is None:  # rank 0 says the rest
+    result = run(store=store, quiet=quiet, distributed=launched(), **options)
+    if result is None:  # rank 0 says the rest
         return
-    if isinstance(found, Estimate):
-        for line in lines(found):
+    if isinstance(result, Estimate):
+        for line in lines(result):
             click.echo(line)
         return
-    moments = found.moments
-    tokens = found.corpus["tokens"] if found.corpus else 0
+    moments = result.moments
+    tokens = result.corpus["tokens"] if result.corpus else 0
     _say(quiet, f"{store}: {len(moments)} layers, {len(moments.sites)} sites, {tokens:,} tokens")
     for line in skipped_lines(moments.skipped):
         _say(quiet, f"skipped {line}")
@@ -236,14 +236,14 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
     from .store.info import info as describe
     from .store.info import table
 
-    found = describe(open_store(store))
+    facts = describe(open_store(store))
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(facts, indent=2))
         return
-    for line in table(found):
+    for line in table(facts):
         click.echo(line)
-    trainable = [name for name, basis in found["bases"].items() if basis["method"]["metric"] != "components"]
-    if found["status"] != "complete":
+    trainable = [name for name, basis in facts["bases"].items() if basis["method"]["metric"] != "components"]
+    if facts["status"] != "complete":
         _say(quiet, "next: the same `prep covariance` command again")
     elif trainable:
         _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
@@ -321,9 +321,9 @@ def pool(parts: tuple[str, ...], store: str, quiet: bool, weights: str | None, *
         numbers = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError as error:
         raise PrepError(f"--weights {weights!r} are not numbers: write them like 1,2") from error
-    found = run(parts, store=store, weights=numbers, **options)
-    tokens = found.corpus["tokens"] if found.corpus else 0
-    _say(quiet, f"{store}: {len(found.moments)} layers, {tokens:,} tokens of {len(parts)} stores")
+    pooled = run(parts, store=store, weights=numbers, **options)
+    tokens = pooled.corpus["tokens"] if pooled.corpus else 0
+    _say(quiet, f"{store}: {len(pooled.moments)} layers, {tokens:,} tokens of {len(parts)} stores")
     _say(quiet, f"next: prep decompose{_store_option(store)}")
 
 

@@ -16,12 +16,12 @@ def parse_size(size: int | float | str) -> int:
     match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size).lower())
     try:
         base = 1024 if match and match[3] else 1000
-        found = int(float(match[1]) * base ** " kmgt".index(match[2] or " ")) if match else 0
+        number = int(float(match[1]) * base ** " kmgt".index(match[2] or " ")) if match else 0
     except ValueError:
-        found = 0
-    if found <= 0 or (isinstance(size, str) and size.strip().isdigit() and found < 1000):
+        number = 0
+    if number <= 0 or (isinstance(size, str) and size.strip().isdigit() and number < 1000):
         raise PrepError(f"{size!r} is not a size: write it like 8GB, 8GiB or 500MB")
-    return found
+    return number
 
 
 def parse_seconds(time: float | str) -> float:

@@ -46,8 +46,8 @@ def attach(
     """
     refuse_adapted(model)
     prototype = make_core(core, options)
-    found = store if isinstance(store, Store) else open_store(store)
-    bases = found.bases[basis]
+    opened = store if isinstance(store, Store) else open_store(store)
+    bases = opened.bases[basis]
     if rank is not None and not 1 <= rank <= bases.method["rank"]:
         raise PrepError(
             f"rank {rank} asked for, basis {basis!r} holds 1 to {bases.method['rank']}: make it with "
@@ -61,7 +61,7 @@ def attach(
         raise PrepError(f"layers={layers!r} matches none of the basis, such as {next(iter(bases.layers), 'none')}")
     modules = find_layers(model, {name: bases.layers[name].shape for name in names})
     origin = Origin(
-        store=found.id,
+        store=opened.id,
         basis=basis,
         hash=bases.hash,
         metric=bases.method["metric"],

@@ -46,9 +46,9 @@ def check_weight(
             return
     if not identity:
         raise PrepError(f"{where}, or the same in another dtype than {dtype}: {advice}")
-    found = drift(module, U, S, P)
-    if same_dtype or not found <= tolerance(module, dtype, U.dtype):
-        raise PrepError(f"{where} (drift {found:.2%}): {advice}")
+    measured = drift(module, U, S, P)
+    if same_dtype or not measured <= tolerance(module, dtype, U.dtype):
+        raise PrepError(f"{where} (drift {measured:.2%}): {advice}")
 
 
 def drift(module: nn.Module, U: Tensor, S: Tensor, P: Tensor) -> float:

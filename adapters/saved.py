@@ -207,11 +207,11 @@ def _referred(
     """The bases a file refers to, from their store."""
     if store is None:
         raise PrepError(f"{path} refers to the basis {origin.basis!r} of a store: pass it, store=PATH")
-    found = store if isinstance(store, Store) else open_store(store)
-    bases = found.bases[origin.basis]
+    opened = store if isinstance(store, Store) else open_store(store)
+    bases = opened.bases[origin.basis]
     if bases.hash != origin.hash:  # which tells the basis; a store's id changes when moments are added to it
-        other = "" if found.id == origin.store else f", which has the id {found.id} and not {origin.store}"
-        raise PrepError(f"{path} refers to another basis {origin.basis!r} than the one in {found.location}{other}")
+        other = "" if opened.id == origin.store else f", which has the id {opened.id} and not {origin.store}"
+        raise PrepError(f"{path} refers to another basis {origin.basis!r} than the one in {opened.location}{other}")
     read = bases.read(ranks, max(ranks.values()))
     return {name: (read[name].U[:, :r], read[name].S[:r], read[name].P[:r]) for name, r in ranks.items()}
 

@@ -143,10 +143,10 @@ def _check_save(name: str, model: nn.Module, base: nn.Module, cls: type[Core], x
     _expect(torch.equal(fresh(x), model(x)), name, "save and load", "the loaded model differs: is all its state saved?")
 
 
-def _expect(condition: bool, name: str, check: str, found: str) -> None:
+def _expect(condition: bool, name: str, check: str, detail: str) -> None:
     if not condition:
-        raise AssertionError(f"{name}: {check}: {found}")
+        raise AssertionError(f"{name}: {check}: {detail}")
 
 
-def _close(a: Tensor, b: Tensor, name: str, check: str, found: str) -> None:
-    _expect(bool((a - b).norm() <= 1e-5 * b.norm() + 1e-30), name, check, found)
+def _close(a: Tensor, b: Tensor, name: str, check: str, detail: str) -> None:
+    _expect(bool((a - b).norm() <= 1e-5 * b.norm() + 1e-30), name, check, detail)

@@ -35,7 +35,7 @@ from prep.preprocess.memory import peak_memory
 from prep.preprocess.model.forward import text_forward
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.methods import Method
-from prep.preprocess.numerics.whitening import Moment, WhitenedSVD, whitened_svd
+from prep.preprocess.numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
 from preprocess import Bench
 
 DAMPING = 1e-3
@@ -176,8 +176,8 @@ def _wide_layer(d_out: int, run_published: bool, options: argparse.Namespace) ->
     d_in, r = d_out * 7 // 2, max(1, 256 // options.shrink)
     W, C, Y = wide_moments(d_out, d_in)
     moments = {
-        "full": Moment("full", second_moment=C.numpy()),
-        "output": Moment("output", output=Y.numpy(), diagonal=C.diagonal().numpy()),
+        "full": InputStatistics("full", second_moment=C.numpy()),
+        "output": InputStatistics("output", output=Y.numpy(), diagonal=C.diagonal().numpy()),
     }
     results: dict[str, WhitenedSVD] = {}
     factors: dict[str, tuple[Tensor, ...]] = {}

@@ -254,13 +254,13 @@ def _world() -> World:
     everyone = _gloo(range(dist.get_world_size()))
     rank, size = dist.get_rank(), dist.get_world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    found = World(rank, size, local_rank, local_size, everyone)
-    sizes = found.all_gather((local_rank, local_size))
+    world = World(rank, size, local_rank, local_size, everyone)
+    sizes = world.all_gather((local_rank, local_size))
     if any(given != (other % local_size, local_size) for other, given in enumerate(sizes)):
         raise PrepError("the nodes run different numbers of processes: start as many on each")
     nodes = [_gloo(range(a, a + local_size)) for a in range(0, size, local_size)]  # every rank makes every group
     peers = [_gloo(range(r, size, local_size)) for r in range(local_size)]
-    return replace(found, node=nodes[rank // local_size], peers=peers[local_rank])
+    return replace(world, node=nodes[rank // local_size], peers=peers[local_rank])
 
 
 def _gloo(ranks: Sequence[int]) -> Any:

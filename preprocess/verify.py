@@ -23,12 +23,12 @@ def verify(
 
     The report's `findings` are empty for a whole store. Raises StoreError where there is no store to look at.
     """
-    found = open_store(store)
+    opened = open_store(store)
     if model is None:
-        return verify_store(found)
-    dtype = found.model.get("dtype")
+        return verify_store(opened)
+    dtype = opened.model.get("dtype")
     if dtype not in models.DTYPES:
         raise PrepError(f"{store} says its model had the dtype {dtype!r}: it is damaged")
     net = models.load_model(model, revision=revision, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     layers = target_layers(net, targets=[".*"])  # a store may have been made of layers outside the blocks
-    return verify_store(found, {layer: weight_matrix(module) for layer, module in layers.items()})
+    return verify_store(opened, {layer: weight_matrix(module) for layer, module in layers.items()})

@@ -83,10 +83,10 @@ class Store:
 
         StoreError where there is none because the store is not complete.
         """
-        found = Bases(self.root)
-        if self.status != "complete" and not found:
+        bases = Bases(self.root)
+        if self.status != "complete" and not bases:
             raise StoreError(f"{self.location} is not complete: run the same `prep covariance` command again")
-        return found
+        return bases
 
 
 def open_store(location: str | Path, mode: str = "r") -> Store:
@@ -127,13 +127,13 @@ def _check_links(store: Path) -> None:
         folder = folders.pop()
         try:
             with os.scandir(folder) as entries:
-                found = list(entries)
+                inside = list(entries)
         except FileNotFoundError:  # another rank of the job has just removed it
             continue
         except OSError as error:
             raise StoreError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
-        folders += [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
-        for link in (entry.path for entry in found if entry.is_symlink()):
+        folders += [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]
+        for link in (entry.path for entry in inside if entry.is_symlink()):
             target = os.path.realpath(link)
             if not target.startswith(f"{store}{os.sep}"):
                 raise StoreError(f"{link} is a link out of the store, to {target}: put a copy of that in its place")

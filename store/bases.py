@@ -105,8 +105,8 @@ class BasisWriter:
             if place[1] in ("S", "spectrum")
         }
         done = [((r.shape, role), r.index) for r in basis.layers.values() for role in ("S", "spectrum")]
-        found = schema.read_each([(self._arrays[place], (slice(i, i + 1),)) for place, i in done])
-        for (place, i), values in zip(done, found, strict=True):
+        stored = schema.read_each([(self._arrays[place], (slice(i, i + 1),)) for place, i in done])
+        for (place, i), values in zip(done, stored, strict=True):
             self._rows[place][i] = values[0]
         self._changed: set[tuple[Place, int]] = set()
         self._due = time.monotonic() + FLUSH_SECONDS

@@ -54,10 +54,10 @@ _FIELDS = {field.name for field in fields(LayerRecord)}
 _DIGITS = 8  # of a checksum
 
 
-def _record(layer: str, found: dict[str, Any], layers: list[str], rank: int) -> LayerRecord:
+def _record(layer: str, fields: dict[str, Any], layers: list[str], rank: int) -> LayerRecord:
     """One record as the attributes give it, checked against its group's layers and rank."""
-    given = {name: value for name, value in found.items() if name in _FIELDS}
-    record = LayerRecord(**{**given, "shape": schema.check_shape(found["shape"], layer)})
+    given = {name: value for name, value in fields.items() if name in _FIELDS}
+    record = LayerRecord(**{**given, "shape": schema.check_shape(fields["shape"], layer)})
     if not 0 <= record.index < len(layers) or layers[record.index] != layer or not 1 <= record.rank <= rank:
         raise ValueError(layer)
     digits = _DIGITS * 2 * (_slabs(rank) + 1)
@@ -75,9 +75,9 @@ def checksums(arrays: Sequence[schema.Array], row: Region, stored: Sequence[np.n
     """`checksums` of a record: crc32c of the chunks of U, then of P, as they were written to `row` of their arrays,
     then of S (r,) and the spectrum (k,), 8 hexadecimal digits each.
     """
-    found = [crc for array, part in zip(arrays, stored, strict=True) for crc in chunk_checksums(array, row, part)]
-    found += [checksum(values.contiguous().numpy()) for values in rows]
-    return "".join(f"{crc:0{_DIGITS}x}" for crc in found)
+    checksums = [crc for array, part in zip(arrays, stored, strict=True) for crc in chunk_checksums(array, row, part)]
+    checksums += [checksum(values.contiguous().numpy()) for values in rows]
+    return "".join(f"{crc:0{_DIGITS}x}" for crc in checksums)
 
 
 def group_arrays(shape: tuple[int, int], n: int, R: int, k: int, dtype: str) -> dict[str, schema.Layout]:
@@ -212,8 +212,8 @@ class BasisSet(Mapping[str, Basis]):
         """The arrays by shape and role, checked against their layouts when they are first asked for."""
         wanted = {(shape, role): f"{group_key(shape)}/{role}" for shape in sorted(shapes) for role in roles}
         new = {place: self.arrays(place[0])[place[1]] for place in wanted if place not in self._opened}
-        found = schema.open_arrays(self._group, {wanted[place]: layout for place, layout in new.items()})
-        self._opened |= {place: found[wanted[place]] for place in new}
+        opened = schema.open_arrays(self._group, {wanted[place]: layout for place, layout in new.items()})
+        self._opened |= {place: opened[wanted[place]] for place in new}
         return self._opened
 
     def _read_spectrum(self, layer: str) -> Tensor:

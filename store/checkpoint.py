@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import zarr
-from zarr.core.sync import sync
 
 from .format import schema
+from .format.zarr_core import sync
 from .moments import SiteData, read_site, seal_sites, write_site
 
 
@@ -36,8 +36,8 @@ def use_slot(root: zarr.Group, slot: int, sites: Iterable[str], where: dict[str,
 
 def read_checkpoint(root: zarr.Group) -> dict[str, Any] | None:
     """Where the run is, with the `slot` and its `sites`; None where nothing was stored."""
-    found: Any = root.attrs.get("checkpoint")
-    return found or None
+    state: Any = root.attrs.get("checkpoint")
+    return state or None
 
 
 def read_sums(root: zarr.Group, slot: int, site: str) -> SiteData:

@@ -19,22 +19,22 @@ def info(store: Store) -> dict[str, Any]:
     `layers` groups layer names that differ in their block number only; `energy` is the median over a group.
     """
     groups: dict[str, dict[str, Any]] = {}
-    moments = None
+    summary = None
     if store.corpus is not None and store.status == "complete":
-        found = store.moments
+        moments = store.moments
         kinds: dict[str, int] = {}
-        for site, members in found.sites.items():
-            kind = found[site].kind
+        for site, members in moments.sites.items():
+            kind = moments[site].kind
             kinds[kind] = kinds.get(kind, 0) + 1
             for layer in members:
-                entry = found[layer]
+                entry = moments[layer]
                 group = _group(groups, layer, entry.shape)
                 group["moment"], group["tokens"] = kind, entry.count
-        moments = {"sites": len(found.sites), "layers": len(found), "kinds": kinds, "skipped": found.skipped}
+        summary = {"sites": len(moments.sites), "layers": len(moments), "kinds": kinds, "skipped": moments.skipped}
     bases = {}
-    found_bases = Bases(store.root)  # also of a store that is not complete
-    for name in found_bases:
-        basis = found_bases.open(name)
+    stored_bases = Bases(store.root)  # also of a store that is not complete
+    for name in stored_bases:
+        basis = stored_bases.open(name)
         for layer, record in basis.layers.items():
             _group(groups, layer, record.shape)["energy"].setdefault(name, []).append(record.energy)
         bases[name] = _basis(basis)
@@ -48,7 +48,7 @@ def info(store: Store) -> dict[str, Any]:
         "bytes": _stored_bytes(store.root),
         "model": store.model,
         "corpus": store.corpus,
-        "moments": moments,
+        "moments": summary,
         "bases": bases,
         "layers": groups,
         "run": store.attrs.get("run"),
@@ -87,12 +87,12 @@ def _stored_bytes(group: zarr.Group) -> int | None:
     return sum(file.stat().st_size for file in (path / group.path).rglob("*") if file.is_file())
 
 
-def table(found: dict[str, Any]) -> list[str]:
+def table(facts: dict[str, Any]) -> list[str]:
     """The lines that `prep info` prints of an `info`."""
-    model, corpus, moments = found["model"], found["corpus"], found["moments"]
-    size = f", {found['bytes'] / 1e6:,.0f} MB" if found["bytes"] is not None else ""
-    lines = [f"store    {found['store']} ({found['status']}{size})"]
-    if found["status"] != "complete":
+    model, corpus, moments = facts["model"], facts["corpus"], facts["moments"]
+    size = f", {facts['bytes'] / 1e6:,.0f} MB" if facts["bytes"] is not None else ""
+    lines = [f"store    {facts['store']} ({facts['status']}{size})"]
+    if facts["status"] != "complete":
         lines[0] += ": run the same `prep covariance` command again"
     revision = f" at {model['revision']}" if model.get("revision") else ""
     lines.append(
@@ -103,7 +103,7 @@ def table(found: dict[str, Any]) -> list[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
         lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds})")
         lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
-    bases = found["bases"]
+    bases = facts["bases"]
     if bases:
         rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "dtype", "MB"]]
         for name, basis in bases.items():
@@ -129,7 +129,7 @@ def table(found: dict[str, Any]) -> list[str]:
         lines += ["", *_aligned(rows)]
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]
-    for name, group in found["layers"].items():
+    for name, group in facts["layers"].items():
         tokens = "" if group["tokens"] is None else f"{group['tokens']:,}"
         layers.append([name, str(len(group["layers"])), *map(str, group["shape"]), group["moment"] or "", tokens])
         energy = group["energy"]

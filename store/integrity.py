@@ -172,11 +172,11 @@ def _layer(
     basis: BasisSet, layer: str, record: LayerRecord, report: Report, weights: Mapping[str, Tensor], numerics: bool
 ) -> None:
     """Hash, orthonormality, order and, with its weight, the identity of one layer's basis."""
-    where, found = f"bases/{basis.name}: {layer}", basis[layer]
-    parts = {"U": found.U[:, : record.rank], "S": found.S[: record.rank], "P": found.P[: record.rank]}
-    _count(report, [*parts.values(), found.spectrum])
+    where, basis_layer = f"bases/{basis.name}: {layer}", basis[layer]
+    parts = {"U": basis_layer.U[:, : record.rank], "S": basis_layer.S[: record.rank], "P": basis_layer.P[: record.rank]}
+    _count(report, [*parts.values(), basis_layer.spectrum])
     stored = [(parts["U"].T, basis.dtype), (parts["P"], basis.dtype)]
-    stored += [(parts["S"], "float64"), (found.spectrum, "float64")]
+    stored += [(parts["S"], "float64"), (basis_layer.spectrum, "float64")]
     if record.hash != schema.content_hash(schema.as_stored(value, dtype) for value, dtype in stored):
         arrays = f"bases/{basis.name}/{group_key(record.shape)}/{{U,P,S,spectrum}}"
         report.add(where, f"row {record.index} of {arrays} does not match its hash: restore the store from a copy")
@@ -191,7 +191,7 @@ def _layer(
     components = basis.method.get("metric") == "components"  # of a C of low rank, whose S end in zeros
     if not ((S >= 0) if components else (S > 0)).all():
         report.add(where, "S is not positive")
-    if (found.spectrum < 0).any() or (found.spectrum.diff() > 0).any():
+    if (basis_layer.spectrum < 0).any() or (basis_layer.spectrum.diff() > 0).any():
         report.add(where, "the spectrum is not positive or not in descending order")
     if known and not components:
         left = U.T @ weights[layer].double()

@@ -15,37 +15,37 @@ def manifest(store: Store) -> dict[str, Layout | None]:
 
     Raises StoreError as well for a store or basis that is not complete: what it must hold is not known.
     """
-    found: dict[str, Layout | None] = {"": None}
+    entries: dict[str, Layout | None] = {"": None}
     bases = store.bases
     if store.corpus is not None:
         moments = store.moments
-        found["moments"] = None
+        entries["moments"] = None
         for layers in moments.sites.values():
-            found |= site_entries(moments[layers[0]])
+            entries |= site_entries(moments[layers[0]])
     if bases.names:
-        found["bases"] = None
+        entries["bases"] = None
     for name in bases:
-        found |= basis_entries(bases[name])
-    return found
+        entries |= basis_entries(bases[name])
+    return entries
 
 
 def site_entries(moment: LayerMoment) -> dict[str, Layout | None]:
     """The part of a manifest that is one site."""
     top = f"moments/{moment.site}"
-    found: dict[str, Layout | None] = {top: None}
+    entries: dict[str, Layout | None] = {top: None}
     if moment.kind == "output":
-        found[f"{top}/output"] = None
-    return found | {f"{top}/{name}": layout for name, layout in moment.arrays.items()}
+        entries[f"{top}/output"] = None
+    return entries | {f"{top}/{name}": layout for name, layout in moment.arrays.items()}
 
 
 def basis_entries(basis: BasisSet) -> dict[str, Layout | None]:
     """The part of a manifest that is one basis."""
     top = f"bases/{basis.name}"
-    found: dict[str, Layout | None] = {top: None}
+    entries: dict[str, Layout | None] = {top: None}
     for shape in basis.shapes:
-        found[f"{top}/{group_key(shape)}"] = None
-        found |= {f"{top}/{group_key(shape)}/{role}": layout for role, layout in basis.arrays(shape).items()}
-    return found
+        entries[f"{top}/{group_key(shape)}"] = None
+        entries |= {f"{top}/{group_key(shape)}/{role}": layout for role, layout in basis.arrays(shape).items()}
+    return entries
 
 
 def files(entries: dict[str, Layout | None]) -> Iterator[str]:

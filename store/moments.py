@@ -165,12 +165,12 @@ class Moments(Mapping[str, LayerMoment]):
             )
         site = self._site_of[layer]
         try:
-            found = LayerMoment(layer, site, schema.child(self._group, site), self._hashes.get(site, ""))
+            moment = LayerMoment(layer, site, schema.child(self._group, site), self._hashes.get(site, ""))
         except (KeyError, ValueError) as error:
             raise StoreError(f"the moments of {site} are missing or damaged: restore the store from a copy") from error
-        if set(found.members) != set(self.sites[site]):
+        if set(moment.members) != set(self.sites[site]):
             raise StoreError(f"{self._group.store_path}/{site} lists other members than /moments: it is damaged")
-        return found
+        return moment
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._site_of
@@ -242,16 +242,16 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
 def read_site(group: zarr.Group, site: str) -> SiteData:
     """One site as `write_site` wrote it, symmetric matrices as panels. StoreError if it is damaged."""
     try:
-        found = schema.child(group, site)
+        stored = schema.child(group, site)
     except (KeyError, ValueError) as error:
         raise StoreError(f"{group.store_path}/{site} is missing or damaged: restore the store from a copy") from error
-    attrs = schema.attributes(found, SITE)
+    attrs = schema.attributes(stored, SITE)
     hashes: dict[str, str] = attrs["arrays"]
     shapes = {layer: schema.check_shape(member["shape"], layer) for layer, member in attrs["members"].items()}
     # the sums of a checkpoint name no members
-    layouts = site_arrays(attrs["kind"], shapes) if shapes else {name: _own_layout(found, name) for name in hashes}
-    _check_hashes(found, attrs, layouts)
-    opened = schema.open_arrays(found, layouts)
+    layouts = site_arrays(attrs["kind"], shapes) if shapes else {name: _own_layout(stored, name) for name in hashes}
+    _check_hashes(stored, attrs, layouts)
+    opened = schema.open_arrays(stored, layouts)
     parts = {name: [part for _, part in _parts(opened[name], hashes[name])] for name in layouts}
     outputs = {name.split("/", 1)[1]: panels for name, panels in parts.items() if name.startswith("output/")}
     return SiteData(

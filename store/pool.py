@@ -54,31 +54,33 @@ def pool(
     for part in parts:
         if overlap(part, store):
             raise PrepError(f"--store {store} is one of the parts, or lies in {part}, or holds it: name a new one")
-    found = [open_store(part) for part in parts]
-    for other in found[1:]:
-        _compare(found[0], other)
-    attrs = _attributes(found, weights)
+    stores = [open_store(part) for part in parts]
+    for other in stores[1:]:
+        _compare(stores[0], other)
+    attrs = _attributes(stores, weights)
     existing = _existing(store, attrs["id"], overwrite)
     if existing is not None:
         return existing
     dtype = str(attrs["options"]["moment_dtype"])
-    with disk_guard(store, _bytes(found[0], dtype)), writer_lock(store, break_lock):
+    with disk_guard(store, _bytes(stores[0], dtype)), writer_lock(store, break_lock):
         existing = _existing(store, attrs["id"], overwrite)  # another process may have been faster
         if existing is not None:
             return existing
         with replacement(store) as built:
-            _write(built, attrs, found, weights, dtype)
+            _write(built, attrs, stores, weights, dtype)
             verified(built, "the pool")
     return open_store(store)
 
 
-def _write(location: Path, attrs: dict[str, Any], found: Sequence[Store], weights: Sequence[float], dtype: str) -> None:
-    """The pool of the stores `found`, with root attributes `attrs`, at a path where nothing is."""
-    sites = found[0].moments.sites
-    skipped = {layer: why for part in found for layer, why in part.moments.skipped.items()}
+def _write(
+    location: Path, attrs: dict[str, Any], stores: Sequence[Store], weights: Sequence[float], dtype: str
+) -> None:
+    """The pool of `stores`, with root attributes `attrs`, at a path where nothing is."""
+    sites = stores[0].moments.sites
+    skipped = {layer: why for part in stores for layer, why in part.moments.skipped.items()}
     root = create_store(location, attrs).root
     begin_moments(root, sites, skipped)
-    target, sources = child(root, "moments"), [child(part.root, "moments") for part in found]
+    target, sources = child(root, "moments"), [child(part.root, "moments") for part in stores]
     for site in sites:
         write_site(target, site, _combined([read_site(source, site) for source in sources], weights), dtype)
     finish(root, {"status": "complete"})
@@ -142,21 +144,21 @@ def _compare(one: Store, other: Store) -> None:
                     refuse(f"the {name} of {layer}", a.members[layer].get(name), b.members[layer].get(name))
 
 
-def _attributes(found: Sequence[Store], weights: Sequence[float]) -> dict[str, Any]:
+def _attributes(stores: Sequence[Store], weights: Sequence[float]) -> dict[str, Any]:
     """The root attributes of the pool: what the parts have in common, and where each comes from."""
     parts = [
         {"id": part.id, "weight": weight, "corpus": part.corpus, "options": part.options}
-        for part, weight in zip(found, weights, strict=True)
+        for part, weight in zip(stores, weights, strict=True)
     ]
-    options = [part.options or {} for part in found]
+    options = [part.options or {} for part in stores]
     common = {name: value for name, value in options[0].items() if all(other.get(name) == value for other in options)}
     rounded = all(other.get("moment_dtype") == "float32" for other in options)
     known = [[part["id"], part["weight"]] for part in parts]
     return {
-        "model": found[0].model,
-        "corpus": {"parts": parts, "tokens": sum(int((part.corpus or {}).get("tokens", 0)) for part in found)},
+        "model": stores[0].model,
+        "corpus": {"parts": parts, "tokens": sum(int((part.corpus or {}).get("tokens", 0)) for part in stores)},
         "options": {**common, "moment_dtype": "float32" if rounded else "float64"},
-        "prep_version": found[0].attrs.get("prep_version"),
+        "prep_version": stores[0].attrs.get("prep_version"),
         "id": content_hash(["pool", json.dumps(known)]),
         "status": "incomplete",
         "run": {"host": platform.node(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
@@ -170,10 +172,10 @@ def _existing(location: str | Path, wanted: str, overwrite: bool) -> Store | Non
     if overwrite:
         check_replaceable(location)
         return None
-    found = open_store(location)
-    if found.id != wanted:
+    existing = open_store(location)
+    if existing.id != wanted:
         raise StoreError(f"{location} holds something else: name another --store, or replace it with --overwrite")
-    return found if found.status == "complete" else None
+    return existing if existing.status == "complete" else None
 
 
 def _bytes(store: Store, dtype: str) -> int:

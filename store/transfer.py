@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
 from ..errors import StoreError
 from .artifact import Store, create_store, open_store
 from .format import schema
 from .format.documents import MAX_DOCUMENT, Layout
 from .format.files import at_once, fetch, fetch_async
+from .format.zarr_core import sync, to_buffer
 from .integrity import verify_store
 from .lock import writer_lock
 from .manifest import files, manifest
@@ -38,9 +37,9 @@ def push(store: str | Path, url: str, *, overwrite: bool = False, break_lock: bo
     """
     if "://" not in str(url):
         raise StoreError(f"{url} is no URL: write it like s3://bucket/prep.zarr")
-    found, entries = _source(store, url)
+    source, entries = _source(store, url)
     if not schema.is_url(url):
-        return _to_path(found, entries, url, "URL", overwrite, break_lock)
+        return _to_path(source, entries, url, "URL", overwrite, break_lock)
     verified(store, str(store))
     target = schema.zarr_store(url, read_only=False)
     if fetch(target, _ROOT, 1) is not None:
@@ -48,13 +47,13 @@ def push(store: str | Path, url: str, *, overwrite: bool = False, break_lock: bo
             raise StoreError(f"{url} holds something already: name another URL, or replace it with --overwrite")
         open_store(url)  # refuses to remove what is not a store
         with _writing(url):
-            if _shows(found.root.store, target):
+            if _shows(source.root.store, target):
                 raise StoreError(f"{url} is the store that is to be copied: name another URL")
             sync(target.delete(_ROOT))
             sync(target.clear())
     try:
         with _writing(url):
-            _copy(found, target, entries)
+            _copy(source, target, entries)
         return verified(url, "the copy")
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
@@ -76,24 +75,24 @@ def pull(
 
 def verified(location: str | Path, name: str) -> Store:
     """The store at a location, of which every byte was read and found right. StoreError, by that name, otherwise."""
-    found = open_store(location)
-    findings = verify_store(found, numerics=False).findings
+    source = open_store(location)
+    findings = verify_store(source, numerics=False).findings
     if findings:
         first, more = findings[0], f" ({len(findings)} such findings)" if len(findings) > 1 else ""
         raise StoreError(f"{name} is damaged: {first.where}: {first.problem}{more}")
-    return found
+    return source
 
 
 def _source(location: str | Path, target: str | Path) -> tuple[Store, dict[str, Layout | None]]:
     """The store to copy and what it consists of. StoreError where the target is in it, or the other way round."""
     if overlap(location, target):
         raise StoreError(f"{target} and {location} are one place, or one lies in the other: name another target")
-    found = open_store(location)
-    return found, manifest(found)
+    source = open_store(location)
+    return source, manifest(source)
 
 
 def _to_path(
-    found: Store, entries: dict[str, Layout | None], location: str | Path, what: str, overwrite: bool, break_lock: bool
+    source: Store, entries: dict[str, Layout | None], location: str | Path, what: str, overwrite: bool, break_lock: bool
 ) -> Store:
     """Copy a store to a path, where it appears whole or not at all. what: the location's name on the command line."""
     _check_free(location, what, overwrite)
@@ -101,9 +100,9 @@ def _to_path(
         _check_free(location, what, overwrite)  # another process may have been faster
         with replacement(location) as built:
             # known as a store from the start, so that what a killed process leaves of it may be removed
-            create_store(built, {**found.attrs, "status": "incomplete"})
+            create_store(built, {**source.attrs, "status": "incomplete"})
             with _writing(location):
-                _copy(found, schema.zarr_store(built, read_only=False), entries)
+                _copy(source, schema.zarr_store(built, read_only=False), entries)
             verified(built, "the copy")
     return open_store(location)
 
@@ -115,20 +114,20 @@ def _check_free(location: str | Path, what: str, overwrite: bool) -> None:
         check_replaceable(location)
 
 
-def _copy(found: Store, target: ZarrStore, entries: dict[str, Layout | None]) -> None:
+def _copy(source: Store, target: ZarrStore, entries: dict[str, Layout | None]) -> None:
     """All files of a store, the root's metadata, as it was before the others were read, after all of them."""
     sizes = {path: max(map(layout.chunk_bytes, layout.dtypes)) for path, layout in entries.items() if layout}
-    source = found.root.store
-    root = fetch(source, _ROOT, MAX_DOCUMENT + 1)
+    files_of = source.root.store
+    root = fetch(files_of, _ROOT, MAX_DOCUMENT + 1)
 
     async def put(key: str, raw: bytes | None) -> None:
         if raw is None:
-            raise StoreError(f"{found.location}/{key} is missing: restore the store from a copy")
-        await target.set(key, default_buffer_prototype().buffer.from_bytes(raw))
+            raise StoreError(f"{source.location}/{key} is missing: restore the store from a copy")
+        await target.set(key, to_buffer(raw))
 
     async def one(key: str) -> None:
         array, mark, _ = key.rpartition("/c/")
-        await put(key, await fetch_async(source, key, sizes[array] + 1 if mark else MAX_DOCUMENT + 1))
+        await put(key, await fetch_async(files_of, key, sizes[array] + 1 if mark else MAX_DOCUMENT + 1))
 
     at_once(one, [key for key in files(entries) if key != _ROOT])
     sync(put(_ROOT, root))
@@ -137,7 +136,7 @@ def _copy(found: Store, target: ZarrStore, entries: dict[str, Layout | None]) ->
 def _shows(source: ZarrStore, target: ZarrStore) -> bool:
     """Whether what is written to the target is seen in the source: two spellings of one place."""
     key, mark = "push.partial", uuid.uuid4().bytes
-    sync(target.set(key, default_buffer_prototype().buffer.from_bytes(mark)))
+    sync(target.set(key, to_buffer(mark)))
     try:
         return fetch(source, key, len(mark)) == mark
     finally:

@@ -64,22 +64,22 @@ def export(
     target = Path(path)
     if target.exists() and (not overwrite or target.is_dir() != (to == "peft-lora")):
         raise PrepError(f"{target} is there already: name another path, or replace a {to} with --overwrite")
-    found = store if isinstance(store, Store) else open_store(store)
+    opened = store if isinstance(store, Store) else open_store(store)
     if to == "peft-corda-covariance":
-        return _write(target, _covariances(found), torch.save)
-    bases = found.bases[basis or BASES[to]]
+        return _write(target, _covariances(opened), torch.save)
+    bases = opened.bases[basis or BASES[to]]
     _check(bases, to, rank)
     if to == "safetensors":
-        return _write(target, _triples(bases, rank), _safetensors(found, bases))
+        return _write(target, _triples(bases, rank), _safetensors(opened, bases))
     assert rank is not None
     if to == "peft-corda":
         return _write(target, _corda(bases, rank), torch.save)
     if to == "peft-eva":
-        rows = eva.components(found, bases, dict.fromkeys(bases.layers, rank), rho)
+        rows = eva.components(opened, bases, dict.fromkeys(bases.layers, rank), rho)
         tensors = {f"base_model.model.{layer}": row.float() for layer, row in rows.items()}
-        return _write(target, tensors, _safetensors(found, bases))
-    config, tensors = _lora(found, bases, rank, lora_alpha or rank, rho)
-    _write(target / "adapter_model.safetensors", tensors, _safetensors(found, bases))
+        return _write(target, tensors, _safetensors(opened, bases))
+    config, tensors = _lora(opened, bases, rank, lora_alpha or rank, rho)
+    _write(target / "adapter_model.safetensors", tensors, _safetensors(opened, bases))
     config.save_pretrained(target)
     return target
 

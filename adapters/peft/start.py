@@ -16,6 +16,7 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,51 +78,37 @@ def get_model(
     stored, a quantised base under a residual init, options that change what A and B mean.
     """
     peft = require_peft()
-    if init not in INITS:
-        raise PrepError(f"no init {init!r}: choose from {', '.join(INITS)}")
-    refuse_adapted(model)
-    if hasattr(model, "peft_config"):
-        raise PrepError("the model has PEFT adapters already: give the base model")
-    if "init_lora_weights" in lora_config:
-        raise PrepError(f"init_lora_weights is chosen by init={init!r}: leave it out")
-    found = store if isinstance(store, Store) else open_store(store)
-    bases = None if init == "lora" else open_basis(found, init, basis)
+    _check_model(model, init, lora_config)
+    opened = store if isinstance(store, Store) else open_store(store)
+    bases = None if init == "lora" else open_basis(opened, init, basis)
     if init == "eva":
         lora_config.setdefault("eva_config", peft.EvaConfig())
     config = peft.LoraConfig(
         r=r, lora_alpha=lora_alpha, init_lora_weights="eva" if init == "eva" else True, **lora_config
     )
-    ranks = _targets(model, config, _layers(found, bases))
+    ranks = _targets(model, config, _layers(opened, bases))
+    adapt = partial(peft.get_peft_model, model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     if bases is None:
-        return peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        return adapt()
     _check_options(config, init)
     check_stored(bases, ranks)
     modules = find_layers(model, {layer: bases.layers[layer].shape for layer in ranks})
     if init == "eva":
-        A = eva.components(found, bases, ranks, config.eva_config.rho, config.eva_config.whiten)
+        A = eva.components(opened, bases, ranks, config.eva_config.rho, config.eva_config.whiten)
         if verify:  # the components do not depend on how the weights are packed
             plain = {layer: module for layer, module in modules.items() if is_plain(module)}
             _check_weights(plain, bases, bases.read(plain, 1))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "lora with eva initialization")
-            adapted = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        state = {f"base_model.model.{layer}": rows for layer, rows in A.items()}
-        peft.initialize_lora_eva_weights(adapted, eva_state_dict=state, adapter_name=adapter_name)
-        # layers whose rank has changed were built again in the base's dtype
-        adapted.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            adapted = adapt()
+        _start_eva(adapted, adapter_name, A, autocast_adapter_dtype)
         return adapted
-    _check_residual(model, modules, bases, ranks, init)
+    _check_residual(model, modules, init)
     read = bases.read(ranks, max(ranks.values()))
     if verify:
         _check_weights(modules, bases, read)
-    adapted = peft.get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-    factors = {
-        layer: _start(adapted.get_submodule(f"base_model.model.{layer}"), adapter_name, read.pop(layer))
-        for layer in ranks
-    }
-    vars(adapted)["_prep_start"] = Start(init, adapter_name, factors)
-    # PEFT raises this string on loading a file that it would otherwise add to a base without the residual
-    config.init_lora_weights = f"prep {init}: not written by prep.peft.save, so the base lacks its residual"
+    adapted = adapt()
+    _start_residual(adapted, adapter_name, {layer: read.pop(layer) for layer in ranks}, init)
     return adapted
 
 
@@ -185,6 +172,17 @@ def require_peft() -> Any:
         raise PrepError('PEFT is not installed: pip install "prep-bases[peft]"') from error
 
 
+def _check_model(model: nn.Module, init: str, lora_config: Mapping[str, Any]) -> None:
+    """Refuse an unknown init, a model that has adapters, and options that the init decides."""
+    if init not in INITS:
+        raise PrepError(f"no init {init!r}: choose from {', '.join(INITS)}")
+    refuse_adapted(model)
+    if hasattr(model, "peft_config"):
+        raise PrepError("the model has PEFT adapters already: give the base model")
+    if "init_lora_weights" in lora_config:
+        raise PrepError(f"init_lora_weights is chosen by init={init!r}: leave it out")
+
+
 def _layers(store: Store, bases: BasisSet | None) -> list[str]:
     """The layers of the basis, for init lora those of the store."""
     if bases is not None:
@@ -222,9 +220,7 @@ def _check_options(config: Any, init: str) -> None:
         raise PrepError("lora_alpha and alpha_pattern must be above 0")
 
 
-def _check_residual(
-    model: nn.Module, modules: Mapping[str, nn.Module], bases: BasisSet, ranks: Mapping[str, int], init: str
-) -> None:
+def _check_residual(model: nn.Module, modules: Mapping[str, nn.Module], init: str) -> None:
     """PrepError where the base cannot keep the residual: packed weights, or one weight in two places."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -249,8 +245,27 @@ def _check_weights(modules: Mapping[str, nn.Module], bases: BasisSet, read: Mapp
         check_weight(layer, module, U, S, P, (record.weight_hash, record.weight_dtype), identity)
 
 
+def _start_eva(adapted: Any, adapter: str, A: Mapping[str, Tensor], autocast_adapter_dtype: bool) -> None:
+    """Set every A to the components of its layer; B stays 0."""
+    state = {f"base_model.model.{layer}": rows for layer, rows in A.items()}
+    require_peft().initialize_lora_eva_weights(adapted, eva_state_dict=state, adapter_name=adapter)
+    # layers whose rank has changed were built again in the base's dtype
+    adapted.base_model._cast_adapter_dtype(adapter, autocast_adapter_dtype)
+
+
+def _start_residual(adapted: Any, adapter: str, read: dict[str, Basis], init: str) -> None:
+    """Set A, B and the base of every layer, and note where they started; `read` is used up."""
+    start = {}
+    for layer in list(read):
+        start[layer] = _start_layer(adapted.get_submodule(f"base_model.model.{layer}"), adapter, read.pop(layer))
+    vars(adapted)["_prep_start"] = Start(init, adapter, start)
+    # PEFT raises this string on loading a file that it would otherwise add to a base without the residual
+    message = f"prep {init}: not written by prep.peft.save, so the base lacks its residual"
+    adapted.peft_config[adapter].init_lora_weights = message
+
+
 @torch.no_grad()
-def _start(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor]:
+def _start_layer(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor]:
     """Set A, B and the base of one PEFT layer; a copy of A and B on the CPU."""
     A, B, s = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
     for parameter, value in zip((A, B), factors(basis, len(A), s), strict=True):

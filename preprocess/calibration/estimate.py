@@ -88,13 +88,13 @@ def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
     return (time.monotonic() - begun) * sum(sizes.values()) / sizes[largest.name]
 
 
-def lines(found: Estimate) -> list[str]:
+def lines(needed: Estimate) -> list[str]:
     """What `--dry-run` prints."""
     rows: list[tuple[str, Any]] = [
-        ("layers", f"{found.layers:,} in {found.sites:,} sites"),
-        ("passes", f"{found.passes} over {found.tokens:,} tokens"),
-        ("memory", f"{found.memory / 1e9:.2f} GB, of which {found.accumulators / 1e9:.2f} GB are accumulators"),
-        ("disk", f"{found.disk / 1e9:.2f} GB, up to {found.checkpoint / 1e9:.2f} GB more while it runs"),
-        ("time", f"{found.seconds:,.0f} s"),
+        ("layers", f"{needed.layers:,} in {needed.sites:,} sites"),
+        ("passes", f"{needed.passes} over {needed.tokens:,} tokens"),
+        ("memory", f"{needed.memory / 1e9:.2f} GB, of which {needed.accumulators / 1e9:.2f} GB are accumulators"),
+        ("disk", f"{needed.disk / 1e9:.2f} GB, up to {needed.checkpoint / 1e9:.2f} GB more while it runs"),
+        ("time", f"{needed.seconds:,.0f} s"),
     ]
     return [f"{name:8} {value}" for name, value in rows]

@@ -136,16 +136,16 @@ class Calibration:
         """Take the lock and look: where the run is kept, whether it is there, whether it is done, where it stands."""
         options, where = self._options, {"slot": 0, "sites": [], "done": [], "batches": 0}
         stack.enter_context(writer_lock(options.store, options.break_lock))
-        path, found = find(options, self._run)
-        self._existing = found
-        if found is None:
+        path, existing = find(options, self._run)
+        self._existing = existing
+        if existing is None:
             return str(path), False, False, where
-        if is_done(found):
+        if is_done(existing):
             say(f"{options.store} is complete and was made with the same options: nothing to do", self._quiet)
             return str(path), True, True, where
-        if found.status == "complete":  # bases only, which are kept
+        if existing.status == "complete":  # bases only, which are kept
             return str(path), False, False, where
-        known = read_checkpoint(found.root)
+        known = read_checkpoint(existing.root)
         if known is None:
             say(f"{options.store} is incomplete and holds no checkpoint: begun anew", self._quiet)
             return str(path), False, False, where

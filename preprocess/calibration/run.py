@@ -86,14 +86,14 @@ class Run:
         wanted = {"model": {**self.model, "revision": self.revision}, "corpus": self.corpus, "options": self.options}
         if store.corpus is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
-        found = []
+        different = []
         for section, values in wanted.items():
             for key, value in values.items():
                 known = store.attrs[section].get(key)
                 unknown = (key == "revision" and value is None) or (key == _WEIGHTS and known is None)
                 if known != value and not unknown:
-                    found.append(f"{section} {key}: {known!r} there, {value!r} asked for")
-        return found
+                    different.append(f"{section} {key}: {known!r} there, {value!r} asked for")
+        return different
 
 
 def finished(options: CovarianceOptions, run: Run) -> Store | None:
@@ -115,21 +115,23 @@ def find(options: CovarianceOptions, run: Run) -> tuple[Path, Store | None]:
     this run is not overwritten but resumed. PrepError where another run is in the way.
     """
     place = Path(resolved(options.store))
-    found = _store_at(place)
-    if found is None:
+    existing = _store_at(place)
+    if existing is None:
         return place, None
-    differences = run.differences(found)
-    own_batches = found.corpus is not None and run.corpus["source"] == "batches"
+    differences = run.differences(existing)
+    own_batches = existing.corpus is not None and run.corpus["source"] == "batches"
     if not options.overwrite:
         if differences or own_batches:
             raise PrepError(_refusal(options, differences, own_batches))
-        return place, found
-    if _is_resumable(found, run):
-        return place, found
+        return place, existing
+    if _is_resumable(existing, run):
+        return place, existing
     place = beside(place)
-    found = _store_at(place)
-    mine = found is not None and (_is_resumable(found, run) or (is_done(found) and not run.differences(found)))
-    return place, found if mine else None
+    existing = _store_at(place)
+    mine = existing is not None and (
+        _is_resumable(existing, run) or (is_done(existing) and not run.differences(existing))
+    )
+    return place, existing if mine else None
 
 
 def _is_resumable(store: Store, run: Run) -> bool:

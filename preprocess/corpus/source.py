@@ -121,16 +121,16 @@ class Batches:
     def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
         """The masks of a batch by name."""
         given = batch if isinstance(batch, Mapping) else {}
-        found = {name: given[name] for name in (MASK, DECODER_MASK) if given.get(name) is not None}
+        masks = {name: given[name] for name in (MASK, DECODER_MASK) if given.get(name) is not None}
         if self._mask is not None:
-            found.pop(MASK, None)
+            masks.pop(MASK, None)
             own = self._mask(batch)
-            found |= {} if own is None else {MASK: own}
-        for name, mask in found.items():
+            masks |= {} if own is None else {MASK: own}
+        for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.ndim != 2:
                 what = f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
                 raise PrepError(f"the {name} {what}: give mask=, a function from a batch to (B, T)")
-        return found
+        return masks
 
     def end(self, number: int) -> int:
         """`number`: how many batches there are may not be known."""

@@ -116,9 +116,9 @@ def load_corpus(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") ->
     if not documents:
         raise PrepError(f"{options.source} holds no text: every document is missing or blank; give other --data")
     tokens = sum(map(len, documents))
-    found = tokens // options.seq_len if options.pack else len(documents)
-    if found < options.num_sequences:
-        raise PrepError(_too_little(options, found, len(documents), tokens))
+    available = tokens // options.seq_len if options.pack else len(documents)
+    if available < options.num_sequences:
+        raise PrepError(_too_little(options, available, len(documents), tokens))
     if options.pack:
         used = options.num_sequences * options.seq_len
         documents = list(np.concatenate(documents)[:used].reshape(-1, options.seq_len))
@@ -286,14 +286,14 @@ def _take(
     return taken
 
 
-def _too_little(options: CorpusOptions, found: int, documents: int, tokens: int) -> str:
-    fixes = [f"--num-sequences {found}"] if found else []
+def _too_little(options: CorpusOptions, available: int, documents: int, tokens: int) -> str:
+    fixes = [f"--num-sequences {available}"] if available else []
     if options.pack:
         if tokens >= options.num_sequences:
             fixes.append(f"--seq-len {tokens // options.num_sequences}")
-        if documents > found:
+        if documents > available:
             fixes.append(f"--no-pack ({documents} documents)")
-    has = f"{found} sequences of {options.seq_len} tokens" if options.pack else f"{found} documents"
+    has = f"{available} sequences of {options.seq_len} tokens" if options.pack else f"{available} documents"
     return (
         f"{options.source} gives {has}, {options.num_sequences} were asked for: use {', '.join([*fixes, 'more data'])}"
     )

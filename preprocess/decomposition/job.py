@@ -124,9 +124,9 @@ class Decomposition:
 
     @property
     def _revision(self) -> str | None:
-        found = self._request.store
-        if self._request.options.model is None and found is not None:
-            return found.model.get("revision")
+        store = self._request.store
+        if self._request.options.model is None and store is not None:
+            return store.model.get("revision")
         return self._request.options.revision
 
     def _own(self, todo: list[str]) -> Iterator[LayerDone]:

@@ -55,10 +55,10 @@ def open_request(options: DecomposeOptions) -> Request:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "zarr.json":
         raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
     check_writable_name(name, "basis")
-    found = _open(options, method)
-    layers = _checked_layers(found, method) if found is not None else None
-    model_id = None if isinstance(options.model, nn.Module) else _model_id(options.model, found)
-    return Request(options, method, name, found, layers, model_id)
+    store = _open(options, method)
+    layers = _checked_layers(store, method) if store is not None else None
+    model_id = None if isinstance(options.model, nn.Module) else _model_id(options.model, store)
+    return Request(options, method, name, store, layers, model_id)
 
 
 def same_basis(request: Request) -> BasisSet | None:
@@ -141,14 +141,14 @@ def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, 
 
 def load_layers(request: Request) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The model, and its module for every layer to decompose, checked for shape and for the weights calibrated on."""
-    options, found = request.options, request.store
+    options, store = request.options, request.store
     if isinstance(options.model, nn.Module):
         net = options.model
     else:
         net = loading.load_model(
             str(request.model_id),
-            revision=options.revision if options.model or found is None else found.model.get("revision"),
-            dtype=found.model["dtype"] if found is not None else "float32",
+            revision=options.revision if options.model or store is None else store.model.get("revision"),
+            dtype=store.model["dtype"] if store is not None else "float32",
             device="cpu",
             trust_remote_code=options.trust_remote_code,
         )
@@ -180,13 +180,13 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
     ]
 
 
-def _model_id(model: Any, found: Store | None) -> str:
+def _model_id(model: Any, store: Store | None) -> str:
     """Where the model is loaded from: `model`, or what the store was calibrated on."""
     if model:
         return loading.absolute_if_local(model)
-    known: dict[str, Any] = found.model if found is not None else {}
+    known: dict[str, Any] = store.model if store is not None else {}
     if not known.get("id"):
-        where = found.location if found is not None else "the store"
+        where = store.location if store is not None else "the store"
         raise StoreError(
             f"{where} was calibrated on a module, {known.get('class')}, which it cannot load: "
             "pass it in Python, prep.decompose(store, model=module)"
@@ -209,14 +209,14 @@ def _open(options: DecomposeOptions, method: Method) -> Store | None:
     return open_store(location)
 
 
-def _checked_layers(found: Store, method: Method) -> dict[str, LayerMoment] | None:
+def _checked_layers(store: Store, method: Method) -> dict[str, LayerMoment] | None:
     """The layers to decompose with their moments, after checking that these can serve the method."""
-    if found.corpus is None:
+    if store.corpus is None:
         reason = check(None, method)
         if reason:
-            raise StoreError(f"{found.location} holds no moments: {reason}")
+            raise StoreError(f"{store.location} holds no moments: {reason}")
         return None
-    moments = found.moments
+    moments = store.moments
     layers: dict[str, LayerMoment] = {}
     for site in moments.sites.values():
         for layer in site:
@@ -229,10 +229,10 @@ def _checked_layers(found: Store, method: Method) -> dict[str, LayerMoment] | No
 
 def _matching_modules(request: Request, net: nn.Module) -> dict[str, nn.Module]:
     """The model's modules for the store's layers."""
-    found, layers = request.store, request.layers
+    store, layers = request.store, request.layers
     if layers is None:
-        if found is not None and found.model.get("config_hash") not in (None, loading.model_hash(net)):
-            raise PrepError(f"{found.location} is of another model ({found.model['id']}): name another --store")
+        if store is not None and store.model.get("config_hash") not in (None, loading.model_hash(net)):
+            raise PrepError(f"{store.location} is of another model ({store.model['id']}): name another --store")
         return target_layers(net)
     modules: dict[str, nn.Module] = {**dict(net.named_modules()), **expert_layers(net)}
     for layer, moment in layers.items():

@@ -19,7 +19,7 @@ from ...linear import layer_shape, weight_matrix
 from ...store import LayerMoment, Moments
 from ..memory import free_memory
 from ..numerics.methods import Method
-from ..numerics.whitening import Moment, WhitenedSVD, whitened_svd
+from ..numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
 
 
 def decomposed(
@@ -82,7 +82,7 @@ def _decompose_site(
     moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], method: Method
 ) -> list[tuple[str, Tensor, WhitenedSVD]]:
     """All layers of one site, the second moment read once."""
-    shared: Moment | None = None
+    shared: InputStatistics | None = None
     results = []
     for layer in layers:
         stored = moments[layer] if moments is not None else None
@@ -96,11 +96,11 @@ def _decompose_site(
     return results
 
 
-def _moment(stored: LayerMoment) -> Moment:
+def _moment(stored: LayerMoment) -> InputStatistics:
     def array(x: Tensor) -> np.ndarray:
         return x.to(torch.float64).numpy()
 
-    return Moment(
+    return InputStatistics(
         kind=stored.kind,
         second_moment=array(stored.second_moment) if stored.kind == "full" else None,
         diagonal=array(stored.diagonal) if stored.kind != "full" else None,

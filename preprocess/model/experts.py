@@ -56,7 +56,7 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
 
     Parameters that are packed or scaled, or whose values are nowhere, are left out.
     """
-    found: dict[str, ExpertLinear] = {}
+    experts: dict[str, ExpertLinear] = {}
     for name, module in model.named_modules():
         if not is_fused(module) or scales(module):
             continue
@@ -64,8 +64,8 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
             if W.ndim == 3 and W.dtype in PLAIN and not (W.is_meta and offload_hook(module) is None):
                 count, d_out, d_in = _matrices(module, W).shape
                 for e in range(count):
-                    found[f"{name}.{e}.{key}"] = ExpertLinear(module, key, f"{name}.{key}", e, (d_out, d_in))
-    return found
+                    experts[f"{name}.{e}.{key}"] = ExpertLinear(module, key, f"{name}.{key}", e, (d_out, d_in))
+    return experts
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -92,14 +92,16 @@ def partition(model: nn.Module, device_map: Devices) -> Devices:
             if any(True for _ in _tensors(child)):
                 yield from parts(prefix + key, device)
 
-    found = dict(parts("", None))
+    devices = dict(parts("", None))
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
-        first, second = (next((found[name] for name in _around(key) if name in found), None) for key in (one, other))
+        first, second = (
+            next((devices[name] for name in _around(key) if name in devices), None) for key in (one, other)
+        )
         if first != second:
             raise PrepError(
                 f"--device-map has {one} on {first}, {other} on {second}: they are one weight, give one device"
             )
-    return found
+    return devices
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -125,36 +127,36 @@ def _tensors(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Ten
 
 def _devices(given: str | Mapping[str, int | str]) -> Devices:
     """{module: device} from one device for all, from JSON, or from a file of it."""
-    found: Any = given
+    devices: Any = given
     if isinstance(given, str):
         literal = given.lstrip().startswith("{")
         try:
             if literal or given.endswith(".json"):
-                found = json.loads(given if literal else Path(given).read_text())
+                devices = json.loads(given if literal else Path(given).read_text())
             else:
-                found = {"": given}
+                devices = {"": given}
         except (OSError, ValueError) as error:
             raise PrepError(f"--device-map {given} cannot be read ({error}): give {{module: device}}") from error
-    if not isinstance(found, Mapping) or not found:
+    if not isinstance(devices, Mapping) or not devices:
         raise PrepError(f'--device-map {given} maps no modules: write it like {{"": "disk", "model.layers.0": "cpu"}}')
-    for device in found.values():
+    for device in devices.values():
         if device != "disk":
             _check_device(device, f"--device-map names {device!r}", "auto, disk or a device, like cpu or cuda:1")
-    return dict(found)
+    return dict(devices)
 
 
 def _memory(given: str | Mapping[int | str, int | str]) -> Memory:
     """{device: bytes} from "0=20GB,cpu=60GB" or a mapping."""
     if isinstance(given, str):
         given = {device.strip(): size for device, _, size in (part.partition("=") for part in given.split(","))}
-    found: Memory = {}
+    limits: Memory = {}
     for device, size in given.items():
         known = int(device) if str(device).isdigit() else device
         if not isinstance(known, int) and known not in ("cpu", "mps"):
             raise PrepError(f"--max-memory names {device!r}: number the accelerators, like 0=20GB,cpu=60GB")
         _check_device(known, f"--max-memory names {device!r}", "0=20GB,cpu=60GB")
-        found[known] = parse_size(str(size))
-    return found
+        limits[known] = parse_size(str(size))
+    return limits
 
 
 def _check_device(device: Any, what: str, instead: str) -> None:

@@ -68,19 +68,19 @@ def target_layers(
     if targets:
         chosen = set()
         for pattern in targets:
-            found = {name for name in modules if name and _search(pattern, name, "--targets")}
-            if not found:
+            matched = {name for name in modules if name and _search(pattern, name, "--targets")}
+            if not matched:
                 raise PrepError(
                     f"no layer matches --targets {pattern!r}: {type(model).__name__} has {_examples(list(linear))}"
                 )
-            if not found & linear.keys():
-                name = min(found, key=len)
+            if not matched & linear.keys():
+                name = min(matched, key=len)
                 kind = type(modules[name]).__name__
                 raise PrepError(
                     f"--targets {pattern!r} matches {name}, a {kind}, which is not a linear layer: "
                     f"{type(model).__name__} has {_examples(list(linear))}"
                 )
-            chosen |= found & linear.keys()
+            chosen |= matched & linear.keys()
     if layers is not None:
         _check_blocks(layers, linear)
     chosen = _narrowed(chosen, exclude, layers)
@@ -105,7 +105,7 @@ def other_weights(model: nn.Module, exclude: Sequence[str] = (), layers: str | N
     Routers, experts in a layout of their own, packed attention weights. exclude, layers: as in `target_layers`.
     """
     reached = {expert.fused for expert in expert_layers(model).values()}
-    found = {}
+    unusable = {}
     for owner, module in model.named_modules():
         if is_linear(module) or isinstance(module, _NO_PRODUCTS):
             continue
@@ -113,12 +113,12 @@ def other_weights(model: nn.Module, exclude: Sequence[str] = (), layers: str | N
             matrix = parameter.numel() > max(parameter.shape, default=1) and "bias" not in key.rpartition(".")[2]
             if matrix and key not in reached:
                 what = "packed or not in memory" if is_fused(module) else "no linear layer"
-                found[key] = f"a weight of {type(module).__name__}, which is {what}"
+                unusable[key] = f"a weight of {type(module).__name__}, which is {what}"
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     if any(block_index(name) is not None for name in linear):
-        found = {name: reason for name, reason in found.items() if block_index(name) is not None}
-    kept = _narrowed(set(found), exclude, layers)
-    return {name: reason for name, reason in found.items() if name in kept}
+        unusable = {name: reason for name, reason in unusable.items() if block_index(name) is not None}
+    kept = _narrowed(set(unusable), exclude, layers)
+    return {name: reason for name, reason in unusable.items() if name in kept}
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:

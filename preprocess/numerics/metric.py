@@ -22,7 +22,7 @@ from .methods import MOMENT_KINDS, Method, one_of
 
 
 @dataclass(frozen=True)
-class Moment:
+class InputStatistics:
     """Statistics of one layer's input x, float64: what the calibration pass stored. Matrices are symmetric.
 
     kind `full`: second_moment (d_in, d_in) = E[x x^T], from which `diagonal` is taken; `diagonal`: diagonal (d_in,) =
@@ -57,7 +57,7 @@ class Moment:
         return self._made[what]
 
 
-def gram(A: np.ndarray, moment: Moment | None, method: Method, lower: np.ndarray | None = None) -> np.ndarray:
+def gram(A: np.ndarray, moment: InputStatistics | None, method: Method, lower: np.ndarray | None = None) -> np.ndarray:
     """`G = A M^2 A^T` (n, n): its lower triangle, the other one is undefined. lower: A^T, where A is a triangle.
 
     From `E[y y^T] = A C A^T` where that is what is stored.
@@ -83,7 +83,7 @@ def gram(A: np.ndarray, moment: Moment | None, method: Method, lower: np.ndarray
     return G
 
 
-def factor(A: np.ndarray, moment: Moment | None, method: Method) -> np.ndarray:
+def factor(A: np.ndarray, moment: InputStatistics | None, method: Method) -> np.ndarray:
     """`A M` (n, d_in), up to a rotation from the right, which changes neither U nor S."""
     if method.metric == "identity":
         return A
@@ -101,23 +101,23 @@ def factor(A: np.ndarray, moment: Moment | None, method: Method) -> np.ndarray:
     return (A @ V) * np.maximum(eigenvalues + damping, 0) ** method.power
 
 
-def centred(moment: Moment) -> np.ndarray:
+def centred(moment: InputStatistics) -> np.ndarray:
     """`C - E[x] E[x]^T` (d_in, d_in)."""
     assert moment.second_moment is not None
     return moment.second_moment - np.outer(_mean(moment), _mean(moment))
 
 
-def _damping(moment: Moment, method: Method) -> float:
+def _damping(moment: InputStatistics, method: Method) -> float:
     """What is added to the diagonal of C, in the units of C."""
     return method.damping * float(_variance(moment, method).mean()) if method.epsilon is None else method.epsilon
 
 
-def _variance(moment: Moment, method: Method) -> np.ndarray:
+def _variance(moment: InputStatistics, method: Method) -> np.ndarray:
     """The undamped diagonal (d_in,): E[x_i^2], less the squared mean when centred."""
     assert moment.diagonal is not None
     return np.maximum(moment.diagonal - _mean(moment) ** 2, 0) if method.center else moment.diagonal
 
 
-def _mean(moment: Moment) -> np.ndarray:
+def _mean(moment: InputStatistics) -> np.ndarray:
     assert moment.mean is not None
     return moment.mean

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...errors import PrepError
-from . import lapack, solvers
+from . import lapack, randomized, solvers
 from .methods import Method, check
-from .metric import Moment, centred, factor, gram
+from .metric import InputStatistics, centred, factor, gram
 
 CHOLESKY_LOSS = 1e-8  # of orthogonality in U = W L^-T Z: about eps cond(W)^2; above this W is decomposed by QR
 GRAM_FLOOR = 1e-6  # a selected S_i below this share of S_max is not taken from G, whose condition number is squared
@@ -49,7 +49,7 @@ class WhitenedSVD:
     bound: float
 
 
-def whitened_svd(W: np.ndarray, moment: Moment | None, method: Method) -> WhitenedSVD:
+def whitened_svd(W: np.ndarray, moment: InputStatistics | None, method: Method) -> WhitenedSVD:
     """Decompose a weight W (d_out, d_in) in the metric of `method`; the rank is clipped at min(d_out, d_in).
 
     A stored S_i that is zero up to rounding is raised to `eps max(d) S_max`, and to 1 in a layer without any energy,
@@ -67,8 +67,9 @@ def whitened_svd(W: np.ndarray, moment: Moment | None, method: Method) -> Whiten
         assert moment is not None
         return _components(W, moment, rank)
 
-    found = _solve(W, moment, method, rank)
-    U, spectrum, order, total, route = found.Z * _signs(found.Z), found.spectrum, found.order, found.total, found.route
+    solution = _solve(W, moment, method, rank)
+    U = solution.Z * _signs(solution.Z)
+    spectrum, order, total, route = solution.spectrum, solution.order, solution.total, solution.route
     S = spectrum[order]
     kept = float(np.sum(S**2))
     floored = np.maximum(S, _EPS * max(W.shape) * spectrum[0] or 1.0)
@@ -81,7 +82,7 @@ def whitened_svd(W: np.ndarray, moment: Moment | None, method: Method) -> Whiten
         tail=float(np.sqrt(max(total - kept, 0.0))) if route == "randomized" else _root_of_rest(spectrum, order),
         numerical_rank=int(np.sum(spectrum > _resolution(W.shape, method, route) * spectrum[0])),
         solver=route,
-        bound=solvers.BOUND if route == "randomized" else 1.0,
+        bound=randomized.BOUND if route == "randomized" else 1.0,
     )
 
 
@@ -95,9 +96,9 @@ def spectrum_size(shape: tuple[int, int], method: Method) -> int:
 
 def _tries_randomized(side: int, rank: int, method: Method) -> bool:
     if method.solver == "randomized":
-        return rank * solvers.RATIO <= side
+        return rank * randomized.RATIO <= side
     wanted = method.solver == "auto" and method.select == "top"
-    return wanted and side >= solvers.AUTO_SIDE and rank * solvers.AUTO_RATIO <= side
+    return wanted and side >= randomized.AUTO_SIDE and rank * randomized.AUTO_RATIO <= side
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,22 @@ class _Directions:
     route: str
 
 
-def _solve(W: np.ndarray, moment: Moment | None, method: Method, rank: int) -> _Directions:
+def _solve(W: np.ndarray, moment: InputStatistics | None, method: Method, rank: int) -> _Directions:
     """The selected left directions of `W M`; those of a tall W by way of a triangle A with `W = Q A`."""
     if W.shape[0] <= W.shape[1]:
         return _of_rows(W, moment, method, rank)
-    found = _by_cholesky(W, moment, method, rank)
-    if found is None:
+    solution = _by_cholesky(W, moment, method, rank)
+    if solution is None:
         Q, A = np.linalg.qr(W)
         if moment is not None and moment.output is not None:
             output = Q.T @ moment.output @ Q
             moment = replace(moment, output=(output + output.T) / 2)
-        found = _of_rows(A, moment, method, rank)
-        found = replace(found, Z=Q @ found.Z)
-    return found
+        solution = _of_rows(A, moment, method, rank)
+        solution = replace(solution, Z=Q @ solution.Z)
+    return solution
 
 
-def _by_cholesky(W: np.ndarray, moment: Moment | None, method: Method, rank: int) -> _Directions | None:
+def _by_cholesky(W: np.ndarray, moment: InputStatistics | None, method: Method, rank: int) -> _Directions | None:
     """`W^T W = L L^T`, hence `Q = W L^-T`, of which only the selected directions `Q Z` are formed.
 
     None where W is too ill-conditioned for it, or G for what is selected; the smallest S_i need the digits of a QR.
@@ -135,37 +136,37 @@ def _by_cholesky(W: np.ndarray, moment: Moment | None, method: Method, rank: int
         return None
     try:
         L = lapack.cholesky(W)
-        found = _by_gram(L.T, moment, method, rank, L)
-        U = W @ lapack.solve_lower_t(L, found.Z) if found is not None else None
+        solution = _by_gram(L.T, moment, method, rank, L)
+        U = W @ lapack.solve_lower_t(L, solution.Z) if solution is not None else None
     except np.linalg.LinAlgError:
         return None
-    if found is None or U is None:
+    if solution is None or U is None:
         return None
-    loss = U.T @ U - np.eye(len(found.order))
+    loss = U.T @ U - np.eye(len(solution.order))
     if not np.abs(loss).max() <= CHOLESKY_LOSS:
         return None
-    return replace(found, Z=U - U @ (loss / 2))  # a Newton-Schulz step, which squares the loss
+    return replace(solution, Z=U - U @ (loss / 2))  # a Newton-Schulz step, which squares the loss
 
 
-def _of_rows(A: np.ndarray, moment: Moment | None, method: Method, rank: int) -> _Directions:
-    found = _by_gram(A, moment, method, rank) if method.solver != "svd" else None
-    if found is not None:
-        return found
+def _of_rows(A: np.ndarray, moment: InputStatistics | None, method: Method, rank: int) -> _Directions:
+    solution = _by_gram(A, moment, method, rank) if method.solver != "svd" else None
+    if solution is not None:
+        return solution
     S, Z = solvers.svd(factor(A, moment, method))
     order = _select(S, Z, A, moment, method.select)[:rank]
     return _Directions(S, order, Z[:, order], float(np.sum(S**2)), "svd")
 
 
 def _by_gram(
-    A: np.ndarray, moment: Moment | None, method: Method, rank: int, lower: np.ndarray | None = None
+    A: np.ndarray, moment: InputStatistics | None, method: Method, rank: int, lower: np.ndarray | None = None
 ) -> _Directions | None:
     """From `G = A M^2 A^T`; lower is A^T where A is a triangle. None where G has lost a selected S_i to rounding."""
     G = gram(A, moment, method, lower)
     if _tries_randomized(len(A), rank, method):
         G = np.tril(G) + np.tril(G, -1).T
-        found = solvers.randomized(G, rank)
-        if found is not None and found[0][-1] >= GRAM_FLOOR * found[0][0]:
-            S, Z = found
+        pairs = randomized.top_pairs(G, rank)
+        if pairs is not None and pairs[0][-1] >= GRAM_FLOOR * pairs[0][0]:
+            S, Z = pairs
             return _Directions(S, np.arange(rank), Z, float(np.trace(G)), "randomized")
     if method.select == "activation":
         S, Z = solvers.gram(G)
@@ -180,7 +181,7 @@ def _by_gram(
     return _Directions(S, order, Z, float(np.sum(S**2)), "gram")
 
 
-def _select(S: np.ndarray, Z: np.ndarray, A: np.ndarray, moment: Moment | None, select: str) -> np.ndarray:
+def _select(S: np.ndarray, Z: np.ndarray, A: np.ndarray, moment: InputStatistics | None, select: str) -> np.ndarray:
     """Direction numbers (k,), the first ones to be kept: S descending or ascending, or the activation score.
 
     The score `S_i rms(P_i x)` is `rms(u_i^T W x)`, from `U^T (W C W^T) U`: P is not needed, and E[y y^T] serves.
@@ -199,7 +200,7 @@ def _select(S: np.ndarray, Z: np.ndarray, A: np.ndarray, moment: Moment | None, 
     return np.argsort(-score, kind="stable")
 
 
-def _components(W: np.ndarray, moment: Moment, rank: int) -> WhitenedSVD:
+def _components(W: np.ndarray, moment: InputStatistics, rank: int) -> WhitenedSVD:
     """EVA: P (r, d_in) the top eigenvectors of the centred C, S their standard deviations, energy the variance share.
 
     U (d_out, r) spans `W P^T` with orthonormal columns; P has orthonormal rows, and `U^T W = diag(S) P` does not hold.
@@ -239,7 +240,7 @@ def _signs(U: np.ndarray) -> np.ndarray:
     return np.where(largest < 0, -1.0, 1.0)
 
 
-def _validate(W: np.ndarray, moment: Moment | None, method: Method) -> None:
+def _validate(W: np.ndarray, moment: InputStatistics | None, method: Method) -> None:
     if W.ndim != 2 or 0 in W.shape:
         raise PrepError(f"the weight has shape {W.shape}: a linear layer has (d_out, d_in)")
     if not np.isfinite(W).all():

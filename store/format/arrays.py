@@ -56,11 +56,11 @@ def open_arrays(group: zarr.Group, layouts: Mapping[str, Layout]) -> dict[str, A
     """The arrays below `group` by path, if they are what the layouts say; StoreError names what is damaged."""
     store, arrays = group.store, {}
     places = {f"{(group.store_path / path).path}/zarr.json": path for path in layouts}
-    found: dict[str, bytes | None] = {}
-    fetch_each(store, dict.fromkeys(places, MAX_DOCUMENT + 1), found.__setitem__)
+    documents: dict[str, bytes | None] = {}
+    fetch_each(store, dict.fromkeys(places, MAX_DOCUMENT + 1), documents.__setitem__)
     for key, path in places.items():
         where = key.removesuffix("/zarr.json")
-        arrays[path] = Array(store, where, layouts[path], checked_array(store, where, layouts[path], found[key]))
+        arrays[path] = Array(store, where, layouts[path], checked_array(store, where, layouts[path], documents[key]))
     return arrays
 
 
@@ -160,9 +160,9 @@ def _decoded(array: Array, key: str, raw: bytes | None, known: int | None) -> np
         problem = f"does not hold {size:,} bytes"
     else:
         values = np.frombuffer(raw, dtype, (size - 4) // dtype.itemsize).reshape(array.layout.chunks)
-        found = checksum(values)
-        if found == int.from_bytes(raw[-4:], "little"):
-            if known is None or known == found:
+        actual = checksum(values)
+        if actual == int.from_bytes(raw[-4:], "little"):
+            if known is None or known == actual:
                 return values
             problem = f"is {OTHER_VERSION}"
         else:

@@ -97,14 +97,16 @@ def parsed(raw: bytes, node: str) -> dict[str, Any]:
     if len(raw) > MAX_DOCUMENT:
         raise ValueError(f"zarr.json is larger than {MAX_DOCUMENT / 1e6:.0f} MB")
     try:
-        found = loads(raw)
+        document = loads(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"zarr.json is not valid JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("zarr_format") != 3 or found.get("node_type") != node:
+    if not isinstance(document, dict) or document.get("zarr_format") != 3 or document.get("node_type") != node:
         raise ValueError(f"zarr.json does not describe a zarr v3 {node}")
-    if not isinstance(found.get("attributes", {}), dict) or (node == "group" and not found.keys() <= _GROUP_FIELDS):
+    if not isinstance(document.get("attributes", {}), dict) or (
+        node == "group" and not document.keys() <= _GROUP_FIELDS
+    ):
         raise ValueError("zarr.json has no valid attributes")
-    return found
+    return document
 
 
 def array_document(layout: Layout, dtype: str) -> dict[str, Any]:
@@ -130,17 +132,17 @@ def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None
     """
     where = f"{store}/{path}"
     try:
-        found = parsed(raw or b"", "array")
+        document = parsed(raw or b"", "array")
     except ValueError as error:
         raise StoreError(f"{where} is missing or its metadata is damaged: restore the store from a copy") from error
-    if found.get("shape") != list(layout.shape):
+    if document.get("shape") != list(layout.shape):
         raise StoreError(f"{where} is not an array of shape {layout.shape}: the store is damaged")
-    dtype = found.get("attributes", {}).get("dtype")
+    dtype = document.get("attributes", {}).get("dtype")
     if dtype not in layout.dtypes:
         raise StoreError(f"{where} has the dtype {dtype!r}, not {' or '.join(layout.dtypes)}: the store is damaged")
     wanted = array_document(layout, dtype)
-    extra = {name for name in found if name not in wanted and found[name] is not None}
-    wrong = sorted(extra | {name for name in wanted if _plain(found.get(name)) != _plain(wanted[name])})
+    extra = {name for name in document if name not in wanted and document[name] is not None}
+    wrong = sorted(extra | {name for name in wanted if _plain(document.get(name)) != _plain(wanted[name])})
     if wrong:
         shown = ", ".join(name if name in wanted else repr(name)[:40] for name in wrong)
         raise StoreError(f"{where} has an unexpected {shown}: it is damaged, or not written by prep")

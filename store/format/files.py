@@ -14,12 +14,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from ...errors import StoreError
 from .remote import get
+from .zarr_core import sync, to_buffer
 
 AT_ONCE = 16
 
@@ -78,29 +77,29 @@ def put_each(store: ZarrStore, contents: Mapping[str, Item], encode: Callable[[I
         return
 
     async def one(key: str) -> None:
-        await store.set(key, default_buffer_prototype().buffer.from_bytes(encode(contents[key])))
+        await store.set(key, to_buffer(encode(contents[key])))
 
     at_once(one, contents)
 
 
 def at_once(work: Callable[[Item], Awaitable[None]], items: Iterable[Item]) -> None:
     """Do `work` for every item, `AT_ONCE` at a time; the first failure ends the others."""
+    sync(_all_at_once(work, items))
 
-    async def everything() -> None:
-        turn = asyncio.Semaphore(AT_ONCE)
 
-        async def one(item: Item) -> None:
-            async with turn:
-                await work(item)
+async def _all_at_once(work: Callable[[Item], Awaitable[None]], items: Iterable[Item]) -> None:
+    turn = asyncio.Semaphore(AT_ONCE)
+    tasks = [asyncio.create_task(_in_turn(turn, work, item)) for item in items]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
-        tasks = [asyncio.create_task(one(item)) for item in items]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
 
-    sync(everything())
+async def _in_turn(turn: asyncio.Semaphore, work: Callable[[Item], Awaitable[None]], item: Item) -> None:
+    async with turn:
+        await work(item)
 
 
 def _put_local(path: str, content: bytes) -> None:

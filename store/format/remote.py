@@ -14,9 +14,9 @@ from typing import Any
 
 from zarr.abc.store import RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import default_buffer_prototype
 
 from ...errors import StoreError
+from .zarr_core import prototype
 
 PIECE = 2**18
 PART = 2**20
@@ -48,20 +48,20 @@ async def get(store: Any, key: str, start: int, end: int) -> bytes | None:
 
 async def _in_parts(store: Any, key: str, start: int, end: int, seconds: float) -> bytes | None:
     """`get` with a time limit for each request, the first of which is for `PART` bytes and the next ones for more."""
-    found = b""
-    while (size := min(max(PART, len(found)), end - start - len(found))) > 0:
-        begin = start + len(found)
+    received = b""
+    while (size := min(max(PART, len(received)), end - start - len(received))) > 0:
+        begin = start + len(received)
         try:
             async with asyncio.timeout(seconds * (1 + size / PART)):
-                part = await store.get(key, default_buffer_prototype(), RangeByteRequest(begin, begin + size))
+                part = await store.get(key, prototype(), RangeByteRequest(begin, begin + size))
         except FileNotFoundError:
             part = None
         if part is None:
             return None
-        found += part.to_bytes()
+        received += part.to_bytes()
         if len(part) < size:
             break
-    return found
+    return received
 
 
 async def _from_web(fs: Any, url: str, start: int, end: int, seconds: float) -> bytes | None:
@@ -76,11 +76,11 @@ async def _from_web(fs: Any, url: str, start: int, end: int, seconds: float) -> 
         if response.status in (404, 416):  # none, or one that ends before `start`
             return None if response.status == 404 else b""
         response.raise_for_status()
-        position, found = start if response.status == 206 else 0, []
+        position, pieces = start if response.status == 206 else 0, []
         async for piece in _pieces(response.content, end - position, seconds):
-            found.append(piece[max(start - position, 0) :])
+            pieces.append(piece[max(start - position, 0) :])
             position += len(piece)
-        return b"".join(found)
+        return b"".join(pieces)
     finally:
         response.release()  # closes a connection whose response is not read to its end
 

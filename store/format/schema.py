@@ -21,13 +21,13 @@ import numpy as np
 import xxhash
 import zarr
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.group import AsyncGroup
 from zarr.storage import LocalStore, StorePath
 
 from ...errors import StoreError
 from .arrays import Array, as_stored, create_array, open_array, open_arrays, read, read_each, write
 from .documents import DTYPES, Layout, attributes, check_name, check_shape, document, is_count, put_attributes, sealed
 from .files import fetch
+from .zarr_core import group_of
 
 __all__ = [
     "DTYPES",
@@ -155,7 +155,7 @@ def reread(group: zarr.Group) -> zarr.Group:
 
 def _group(path: StorePath) -> zarr.Group:
     attrs = document(path.store, path.path, "group").get("attributes", {})
-    return zarr.Group(AsyncGroup.from_dict(path, {"zarr_format": 3, "node_type": "group", "attributes": attrs}))
+    return group_of(path, attrs)
 
 
 def stored_shape(group: zarr.Group, path: str) -> tuple[int, ...]:

@@ -109,8 +109,8 @@ def mismatch(value: Any, pattern: Any) -> str | None:
         if not isinstance(value, type(pattern)):
             return ""
         for at, item, one in _parts(value, pattern):
-            if (found := mismatch(item, one)) is not None:
-                return f"{at}{found}"
+            if (inner := mismatch(item, one)) is not None:
+                return f"{at}{inner}"
         return None
     if isinstance(pattern, type):
         return None if _is(value, pattern) else ""

@@ -9,9 +9,9 @@ import scipy.linalg
 from threadpoolctl import threadpool_limits
 
 from prep import PrepError
-from prep.preprocess.numerics import solvers, whitening
+from prep.preprocess.numerics import randomized, whitening
 from prep.preprocess.numerics.methods import PUBLISHED, Method, basis_name, check
-from prep.preprocess.numerics.whitening import Moment, WhitenedSVD, whitened_svd
+from prep.preprocess.numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +39,17 @@ def weight(d_out: int, d_in: int, seed: int = 1) -> np.ndarray:
     return rng.standard_normal((d_out, d_in)) @ np.diag(np.linspace(1, 0.05, d_in))
 
 
-def full(X: np.ndarray) -> Moment:
-    return Moment("full", second_moment=X.T @ X / len(X), mean=X.mean(0))
+def full(X: np.ndarray) -> InputStatistics:
+    return InputStatistics("full", second_moment=X.T @ X / len(X), mean=X.mean(0))
 
 
-def diagonal(X: np.ndarray) -> Moment:
-    return Moment("diagonal", diagonal=(X**2).mean(0), mean=X.mean(0))
+def diagonal(X: np.ndarray) -> InputStatistics:
+    return InputStatistics("diagonal", diagonal=(X**2).mean(0), mean=X.mean(0))
 
 
-def output(X: np.ndarray, W: np.ndarray) -> Moment:
+def output(X: np.ndarray, W: np.ndarray) -> InputStatistics:
     Y = X @ W.T
-    return Moment("output", diagonal=(X**2).mean(0), output=Y.T @ Y / len(X), mean=X.mean(0))
+    return InputStatistics("output", diagonal=(X**2).mean(0), output=Y.T @ Y / len(X), mean=X.mean(0))
 
 
 def norm(A: np.ndarray) -> float:
@@ -201,7 +201,7 @@ def test_tall_layers_of_any_condition(weakest):
     sizes = np.r_[np.ones(20), np.full(20, weakest)]
     W = (left * sizes) @ right.T
     C = (right * np.linspace(2, 1, 40) / np.maximum(sizes, 1e-9) ** 2) @ right.T
-    moment, method = Moment("full", second_moment=(C + C.T) / 2), Method(damping=0, rank=30)
+    moment, method = InputStatistics("full", second_moment=(C + C.T) / 2), Method(damping=0, rank=30)
     fast = whitening._by_cholesky(W, moment, method, 30)
     assert (fast is not None) == (weakest == 1e-3)
     got = whitened_svd(W, moment, method)
@@ -303,7 +303,7 @@ SPECTRA = {  # of G, and whether the randomized route must reach its bound there
 def test_randomized_meets_the_bound_or_says_that_it_does_not(spectrum, reached, rank):
     V = np.linalg.qr(np.random.default_rng(3).standard_normal((300, 300)))[0]
     G = (V * spectrum) @ V.T
-    found = solvers.randomized((G + G.T) / 2, rank)
+    found = randomized.top_pairs((G + G.T) / 2, rank)
     if reached is not None and not (rank == 1 and not reached):
         assert (found is not None) == reached
     if found is not None:
@@ -311,7 +311,7 @@ def test_randomized_meets_the_bound_or_says_that_it_does_not(spectrum, reached, 
         np.testing.assert_allclose(Z.T @ Z, np.eye(rank), atol=1e-10)
         left = np.trace(G) - np.trace(Z.T @ G @ Z)
         least = np.sum(np.sort(spectrum)[:-rank])
-        assert left <= solvers.BOUND * least * (1 + 1e-9)
+        assert left <= randomized.BOUND * least * (1 + 1e-9)
         assert np.trace(G) - np.sum(S**2) == pytest.approx(left, rel=1e-9)
 
 
@@ -327,8 +327,8 @@ def test_certificate_never_passes_directions_that_miss_the_bound(name):
         top, Z = top[::-1], Z @ Y[:, ::-1]
         left = np.trace(G) - top.sum()
         residual = np.linalg.norm(G @ Z - Z * top, axis=0)
-        passes = solvers._dominates(*solvers._dual(top, residual, (1 - 1 / solvers.BOUND) * left), Z, G)
-        if left > solvers.BOUND * spectrum[rank:].sum():
+        passes = randomized._dominates(*randomized._dual(top, residual, (1 - 1 / randomized.BOUND) * left), Z, G)
+        if left > randomized.BOUND * spectrum[rank:].sum():
             assert not passes
             refused += 1
         elif size < 1e-8:
@@ -354,7 +354,7 @@ def test_randomized_route_end_to_end():
 
 def test_randomized_without_a_proof_takes_the_exact_route():
     W = weight(320, 7) @ weight(7, 320)
-    assert solvers.randomized(W @ W.T, 10) is None
+    assert randomized.top_pairs(W @ W.T, 10) is None
     method = Method("identity", rank=10, solver="randomized")
     got = whitened_svd(W, None, method)
     assert (got.solver, got.bound, len(got.S)) == ("svd", 1.0, 10)
@@ -372,7 +372,7 @@ def test_randomized_is_not_tried_for_so_many_directions_that_the_exact_route_cos
 
 def test_auto_is_exact_for_small_layers_and_randomized_where_few_directions_of_a_large_one_are_asked():
     rng = np.random.default_rng(6)
-    W = rng.standard_normal((solvers.AUTO_SIDE, 64)) @ rng.standard_normal((64, solvers.AUTO_SIDE))
+    W = rng.standard_normal((randomized.AUTO_SIDE, 64)) @ rng.standard_normal((64, randomized.AUTO_SIDE))
     W += rng.standard_normal(W.shape)
     few = whitened_svd(W, None, Method("identity", rank=16))
     S = scipy.linalg.svdvals(W)
@@ -530,12 +530,12 @@ def test_bad_arrays_are_refused():
     C = X.T @ X
     C[0, 0] = np.inf
     with pytest.raises(PrepError, match="second_moment"):
-        whitened_svd(W, Moment("full", second_moment=C), Method())
+        whitened_svd(W, InputStatistics("full", second_moment=C), Method())
     with pytest.raises(PrepError, match="another model"):
         whitened_svd(weight(32, 40), full(X), Method())
     with pytest.raises(PrepError, match="another model"):
         whitened_svd(weight(30, 48), output(X, W), Method())
     with pytest.raises(PrepError, match="mean"):
-        whitened_svd(W, Moment("full", second_moment=X.T @ X), Method(center=True))
+        whitened_svd(W, InputStatistics("full", second_moment=X.T @ X), Method(center=True))
     with pytest.raises(PrepError, match="lacks output"):
-        Moment("output", diagonal=np.ones(3))
+        InputStatistics("output", diagonal=np.ones(3))

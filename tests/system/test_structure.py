@@ -96,6 +96,11 @@ def test_inside_the_package_imports_are_relative():
             assert not any(name.split(".")[0] == "prep" for name in names), path
 
 
+def test_private_parts_of_zarr_are_named_in_one_file():
+    users = {path.name for path in FILES for module, _ in imports(path) if module.startswith("zarr.core")}
+    assert users == {"zarr_core.py"}
+
+
 def test_type_checkers_see_every_name_that_is_loaded_on_first_use():
     for path, names in ((ROOT / "__init__.py", prep.__all__), (ROOT / "store" / "__init__.py", prep.store.__all__)):
         [block] = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
