@@ -52,7 +52,7 @@ _NUMBERS = ("power", "damping", "epsilon")
 
 
 def _said_by(name: str) -> dict[str, Any] | None:
-    """The method that has this default name; None where the name is no such."""
+    """The method that has this default name; None if no method has it."""
     if name == "eva":
         return {"metric": "components"}
     metric, *rest = name.split("-")

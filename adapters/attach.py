@@ -37,7 +37,7 @@ def attach(
 ) -> Adapter:
     """Adapt the model's layers with a core on a stored basis; only the core's parameters are left trainable.
 
-    core: gain, rotation, ablation, dplr, arrow or dense, or a Core of one's own, with its `options` beside it; or an
+    core: gain, rotation, ablation, dplr, arrow or dense, or your own Core class, with its `options` beside it; or an
     instance. rank: a slice of the stored one, clipped per layer; all of it by default. layers: a regular expression
     searched in layer names. verify: check that the basis was made from this model's weights. Call it before DDP or
     `fully_shard`. `**VARIANTS[name]` gives the arguments of a published adapter.

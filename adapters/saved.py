@@ -69,7 +69,7 @@ def load(
 ) -> Adapter:
     """Adapt the model as `save` wrote it. Strict: every layer, shape, parameter and base weight must agree.
 
-    core: the class of a core of one's own; nothing is imported by a name found in the file. store: where the basis is,
+    core: the class of a user's own core; nothing is imported by a name that the file gives. store: where the basis is,
     if the file holds only a reference to it. verify: check the base weights.
 
     PrepError names what differs and leaves the model as it was.

@@ -1,4 +1,4 @@
-"""check_core: does a core of one's own keep the contract of cores.py?"""
+"""check_core: does a user's own core keep the contract of cores.py?"""
 
 import copy
 import tempfile

@@ -158,7 +158,7 @@ class World:
         return x
 
     def gather_iter(self, own: Iterable[T]) -> Iterator[T]:
-        """Yield all ranks' items on rank 0 as they arrive; on the others send the own ones there and yield nothing."""
+        """Yield all ranks' items on rank 0 as they arrive; other ranks send theirs and yield nothing."""
         if self.rank > 0:
             for item in chain(own, [None]):
                 with _in_contact():
@@ -186,7 +186,7 @@ ALONE = World()
 
 
 def dealt(sizes: Mapping[str, int], shares: int) -> dict[str, int]:
-    """A share's number for every name, so that all shares have about the same sum of sizes: the largest first."""
+    """Deal names to shares, the largest first, so that all shares have about the same sum of sizes: name -> share."""
     loads, share = [0] * shares, {}
     for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
         share[name] = loads.index(min(loads))
@@ -269,7 +269,7 @@ def _gloo(ranks: Sequence[int]) -> Any:
 
 
 def _receive(source: int, group: Any, inbox: SimpleQueue) -> None:
-    """Put what a rank sends into the inbox, None when it has sent all, the PrepError where the contact is lost."""
+    """Put what a rank sends into the inbox: items, None at the end, or the PrepError if the connection is lost."""
     box: list[Any] = [()]
     while box[0] is not None:
         try:

@@ -1,4 +1,4 @@
-"""What this machine and this process tell of their memory."""
+"""Memory of this machine and this process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def free_memory() -> int:
-    """Bytes of memory that processes can still be given; half of all where the system does not tell."""
+    """Bytes of memory still available; half of all memory if the system does not tell."""
     told = _kilobytes("/proc/meminfo", "MemAvailable")
     return 1024 * told if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    """Largest resident size of this process so far, in bytes; 0 if the system does not tell."""
     told = _kilobytes("/proc/self/status", "VmHWM")  # ru_maxrss also counts the process that started this one
     if told:
         return 1024 * told

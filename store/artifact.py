@@ -121,7 +121,7 @@ def _absent(location: str | Path) -> StoreError:
 
 
 def _check_links(store: Path) -> None:
-    """StoreError that names a link in a store which leads out of it: a writer would follow it."""
+    """StoreError that names a link leading out of the store: a writer would follow it."""
     folders = [str(store)]
     while folders:
         folder = folders.pop()

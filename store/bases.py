@@ -229,7 +229,7 @@ def _is_complete(root: zarr.Group, name: str) -> bool:
 
 
 def _remove_pending(root: zarr.Group, name: str) -> None:
-    """Remove a replacement that is not wanted: its attributes first, so that no half of it is resumed."""
+    """Remove an unwanted replacement, its attributes first, so that a half-removed one is never resumed."""
     if isinstance(root.store, LocalStore):
         new = root.store.root / "bases" / _new(name)
         if os.path.lexists(new):

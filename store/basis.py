@@ -139,7 +139,7 @@ class BasisSet(Mapping[str, Basis]):
             self._check_complete()
 
     def _check_sizes(self) -> None:
-        """StoreError where an array would be larger than is believed."""
+        """StoreError if an array is too large to be credible."""
         for shape in self._groups:
             for role, layout in self.arrays(shape).items():
                 check_size(layout, self.dtype, f"{self._group.store_path}/{group_key(shape)}/{role}")

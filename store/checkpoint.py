@@ -48,7 +48,7 @@ def read_sums(root: zarr.Group, slot: int, site: str) -> SiteData:
 def finish(root: zarr.Group, attrs: Mapping[str, Any]) -> None:
     """Seal the sites and remove the slots, then set root attributes and forget the checkpoint in one step.
 
-    By then the checkpoint names no sites, so that a run killed between the two does not miss the slots.
+    By then the checkpoint names no sites, so a run that is killed between the two steps does not look for the slots.
     """
     seal = seal_sites(root)
     sync(root.store.delete_dir("checkpoint"))

@@ -4,8 +4,8 @@
 <name>.replaced   what was in place; removed once the new one is
 
 A process that is killed at any instant leaves the old store or the new one whole: in place or, between the two renames,
-as `.replaced`, which the next writer puts back. Only stores and empty directories are ever moved or removed; the names
-are none that people give to a copy of their own, such as `.old`.
+as `.replaced`, which the next writer puts back. Only stores and empty directories are ever moved or removed; people
+name copies of their own `.old`, but not so.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def estimate(options: CovarianceOptions, network: Network, source: Text) -> Esti
 
 
 def _seconds_per_batch(part: Part, batch: Batch) -> float:
-    """Of the second one: the first one also pays for fresh memory and for the libraries' start."""
+    """Measured on the second batch: the first one also pays for fresh memory and for the start of libraries."""
     with part.hooked():
         part.add(batch)
         begun = time.monotonic()
@@ -78,7 +78,7 @@ def _seconds_per_batch(part: Part, batch: Batch) -> float:
 
 
 def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
-    """Of all moments of the part, from those of the largest site that the batch has reached."""
+    """Time to write all moments of the part, extrapolated from the largest site that the batch reached."""
     sizes = {site.name: site_elements(network.kinds[site.name], site.shapes) for site in part.sites}
     seen = [site for site in part.sites if part.sums[site.name].count]  # one batch need not reach every expert
     largest = max(seen or part.sites, key=lambda site: sizes[site.name])

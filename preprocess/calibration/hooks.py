@@ -121,7 +121,7 @@ class SiteHooks:
 
 
 class ExpertTurns:
-    """Hooks of one module of fused experts by which those that get no token add nothing.
+    """Hooks of one module of fused experts that make an expert without tokens add an empty batch.
 
     Processes that share a pass then add to the sums of all experts in the same order.
     """

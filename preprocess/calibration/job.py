@@ -43,8 +43,8 @@ _IDLE = "no token of the data was routed to it"
 class Calibration:
     """The run of `options` on a network: `with` it, `parts` are to be filled with `batches` and written.
 
-    Of several processes each is given its own batches and keeps the sums of some sites. Entering takes the lock, looks
-    what is there and begins or resumes. PrepError where the store is being written, holds another run, or the disk has
+    Each of several processes is given its own batches and keeps the sums of some sites. Entering takes the lock
+    and begins or resumes. PrepError where the store is being written, holds another run, or the disk has
     no room; Interrupted after a signal, when the state is stored.
     """
 
@@ -133,7 +133,7 @@ class Calibration:
     # What is there
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[str, bool, bool, dict[str, Any]]:
-        """Take the lock and look: where the run is kept, whether it is there, whether it is done, where it stands."""
+        """Take the lock and look at the store: its path, whether it exists, whether it is done, and how far it got."""
         options, where = self._options, {"slot": 0, "sites": [], "done": [], "batches": 0}
         stack.enter_context(writer_lock(options.store, options.break_lock))
         path, existing = find(options, self._run)
@@ -184,7 +184,7 @@ class Calibration:
 
     @property
     def _every(self) -> float:
-        """Seconds between checkpoints; one's own batches cannot be resumed."""
+        """Seconds between checkpoints; infinite for the caller's own batches, which cannot be resumed."""
         return self._options.every if self._source.resumable else float("inf")
 
     def _added(self, number: int, part: Part) -> None:

@@ -27,7 +27,7 @@ _WEIGHTS = "weights"  # entry of the model's description: a hash over those of a
 class Run:
     """What determines a calibration: model, corpus and options, as the root attributes of its store keep them.
 
-    files: what the checkpoint's files look like from outside, by which a later run knows them again without reading.
+    files: names, sizes and times of the checkpoint's files, by which a later run recognises them without reading them.
     The model is described in full when it is loaded, see `loaded`.
     """
 
@@ -82,7 +82,7 @@ class Run:
         return content_hash([json.dumps({"model": model, "corpus": corpus, "options": self.options}, sort_keys=True)])
 
     def differences(self, store: Store) -> list[str]:
-        """What a store says of its run that is not so of this one; of a store of bases only, of its model."""
+        """How the run that a store describes differs from this one; for a store of bases only, how its model does."""
         wanted = {"model": {**self.model, "revision": self.revision}, "corpus": self.corpus, "options": self.options}
         if store.corpus is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
@@ -97,7 +97,7 @@ class Run:
 
 
 def finished(options: CovarianceOptions, run: Run) -> Store | None:
-    """The store that is there, if it is complete and of this run and of the very files of the model; no lock is taken.
+    """The existing store, if it is complete, of this run and of the same model files; no lock is taken.
 
     PrepError where it is of another run, unless it is to be overwritten.
     """

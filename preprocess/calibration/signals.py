@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Signals:
-    """number: of the signal that came, 0 before one has. A second one ends the process as ever."""
+    """number: of the signal that came, 0 before one has. A second one acts as usual."""
 
     number = 0
 

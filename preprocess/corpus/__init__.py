@@ -1,1 +1,1 @@
-"""Files and hub ids -> rows -> documents -> sequences -> batches; batches of one's own."""
+"""Files and hub ids -> rows -> documents -> sequences -> batches; the caller's own batches."""

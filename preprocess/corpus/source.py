@@ -1,4 +1,4 @@
-"""What a calibration reads: text through a tokenizer, or batches of one's own for any module.
+"""What a calibration reads: text through a tokenizer, or the caller's own batches for any module.
 
 Both give numbered batches, the masks of a batch, a forward that takes it, and what a store says of them.
 """
@@ -79,7 +79,7 @@ class Text:
 
 
 class Batches:
-    """Batches of one's own: dictionaries, tuples or tensors, which the module is called with.
+    """The caller's own batches: dictionaries, tuples or tensors, which the module is called with.
 
     mask: batch -> (B, T), zero on padding, or None; by default the `attention_mask` of a dictionary. Inputs of other
     leading sizes are not masked. once: they cannot be read again. `about` is complete when all have been read.
@@ -151,7 +151,7 @@ def _call(model: nn.Module, device: torch.device, batch: Inputs) -> object:
 def _copied(value: Any, device: torch.device, made: dict[int, Tensor] | None = None) -> Any:
     """A batch on a device, its tensors copied: a model may change its input, which is read again.
 
-    made: the copies there are, by the id of their tensors: what is one tensor in the batch stays one.
+    made: copies by the id of their original, so that a tensor that appears twice in a batch is copied once.
     """
     made = {} if made is None else made
     if isinstance(value, Tensor):

@@ -36,8 +36,8 @@ Shape = tuple[int, int]
 class Decomposition:
     """The basis of a request from the model's modules: `with` it, every one of `layers` is to be noted.
 
-    Of several processes each decomposes some of the layers, and the first one notes all. Entering takes the lock, looks
-    what is there and begins or resumes. PrepError where the store is being written, holds another basis of that name,
+    Each of several processes decomposes some of the layers, and the first one notes all. Entering takes the lock
+    and begins or resumes. PrepError where the store is being written, holds another basis of that name,
     or the disk has no room.
     """
 
@@ -170,7 +170,7 @@ def groups_of(shapes: Mapping[str, Shape], method: Method) -> dict[Shape, dict[s
 
 
 def stored_bytes(groups: Mapping[Shape, dict[str, Any]], dtype: str) -> int:
-    """What a basis takes on disk."""
+    """Bytes that a basis takes on disk."""
     return sum(
         len(g["layers"]) * (g["rank"] * (d_out + d_in) * BASIS_DTYPES[dtype] + 8 * (g["rank"] + g["spectrum"]))
         for (d_out, d_in), g in groups.items()
@@ -199,7 +199,7 @@ def check_storable(layer: str, P: Tensor, dtype: str) -> None:
 
 
 def record_of(result: WhitenedSVD, shape: Shape, index: int, W: Tensor) -> LayerRecord:
-    """What the store says of a layer beside its arrays."""
+    """What the store records of a layer beside its arrays."""
     return LayerRecord(
         shape=shape,
         index=index,

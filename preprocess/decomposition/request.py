@@ -43,7 +43,7 @@ class Request:
 
     @property
     def calibrated_model(self) -> bool:
-        """Whether the model is meant to be the one that the store was calibrated on, and not another one by name."""
+        """Whether the model should be the one that the store was calibrated on, rather than one named by --model."""
         return self.store is not None and self.store.corpus is not None and self.model_id == self.store.model["id"]
 
 
@@ -100,7 +100,7 @@ def _is_damaged(bases: Bases, name: str) -> bool:
 
 
 def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:
-    """Whether a complete basis differs from the one asked for in holding more directions: a slice of it is that one."""
+    """Whether a complete basis is the requested one with more directions: a slice of it will do."""
     only_rank = len(differences) == 1 and differences[0].startswith("rank:")
     return basis.status == "complete" and only_rank and basis.method["rank"] > request.method.rank
 
@@ -168,7 +168,7 @@ def _is_of(basis: BasisSet, layer: str, module: nn.Module) -> bool:
 
 
 def _differences(request: Request, basis: BasisSet) -> list[str]:
-    """What a basis says of its making that is not so of the request."""
+    """How the way a basis was made differs from the request."""
     if request.model_id is None:
         of_basis, asked = basis.model.get("config_hash"), loading.model_hash(request.options.model)  # type: ignore[arg-type]
     else:

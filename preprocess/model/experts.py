@@ -28,7 +28,7 @@ _MARKS = ("is_transposed", "has_gate")  # what transformers sets on every module
 class ExpertLinear(nn.Linear):
     """One projection of one expert: `y = x @ W.T`, W = W[e] of the fused parameter.
 
-    It is no part of the model and holds no weight. owner: the module of the fused experts; key: their parameter in it,
+    It is not part of the model and holds no weight. owner: the module of the fused experts; key: their parameter in it,
     fused: its full name; expert: e.
     """
 

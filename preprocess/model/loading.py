@@ -138,7 +138,7 @@ def _on_cpu(device: str, devices: Any, memory: Any) -> bool:
 
 
 def checkpoint_stamp(model: str, config: Any) -> str | None:
-    """What tells a checkpoint from another one without reading it: a hub commit, or its files' names, sizes and times.
+    """What identifies a checkpoint without reading it: a hub commit, or the names, sizes and times of its files.
 
     None where neither is known.
     """
@@ -161,7 +161,7 @@ def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> nn.Modu
 
 
 def config_hash(config: Any) -> str:
-    """Hash of what the configuration says of the architecture, without names and library versions."""
+    """Hash of the architecture as the configuration describes it, without names and library versions."""
     fields = json.loads(config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         fields.pop(name, None)

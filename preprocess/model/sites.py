@@ -144,7 +144,7 @@ class _Observed:
             self._handles.append(module.register_forward_hook(partial(self._look, name)))
 
     def release(self) -> None:
-        """Remove the hooks; layers that are none are taken out of the calls."""
+        """Remove the hooks, and take modules that are not target layers out of the calls."""
         for handle in self._handles:
             handle.remove()
         self.calls = {name: inputs for name, inputs in self.calls.items() if name not in self.skipped}

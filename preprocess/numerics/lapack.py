@@ -6,7 +6,7 @@
     solve_lower_t  L^-T B                          dtrtrs
     eigenpairs     all eigenvalues, some vectors   dsytrd, dsterf, dstein, dormtr
 
-Called through ctypes, which releases the GIL (SciPy's own wrappers keep it): worker threads run side by side. Where a
+Called through ctypes, which releases the GIL (SciPy's own wrappers keep it): worker threads run side by side. Where
 SciPy does not offer a routine in this form, NumPy does the work. The arrays are C-contiguous and LAPACK reads them by
 columns: a lower triangle here is an upper one there.
 """

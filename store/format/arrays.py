@@ -1,7 +1,7 @@
 """Arrays of a store: one file per chunk, its values, little endian, and their crc32c.
 
-The `Layout` says which files a region needs, so that they go straight to its memory. NaN fills up what is not there:
-chunks at the end of an axis, and rows of layers that are not done. What is asked for never holds one.
+The `Layout` says which files a region needs, so that they go straight to its memory. NaN fills
+what is not there: chunks at the end of an axis, and rows of unfinished layers. A region that is read never holds one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metadata of a store that nobody need trust: bounded reads, names, sealed attributes, layouts of arrays.
+"""Untrusted metadata of a store, validated: bounded reads, names, sealed attributes, layouts of arrays.
 
 Whatever a store says is compared with what this package would have written, before memory is set aside for it: an
 array's document must be exactly that of its `Layout`, the attributes of a group those that its `attrs_hash` seals, a
@@ -85,7 +85,7 @@ def storage_dtype(dtype: str) -> np.dtype:
 
 
 def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
-    """The zarr.json of a "group" or "array". FileNotFoundError where there is none, ValueError where it is no such."""
+    """The zarr.json of a "group" or "array". FileNotFoundError where there is none, ValueError for others."""
     raw = fetch(store, f"{path}/zarr.json".lstrip("/"), MAX_DOCUMENT + 1)
     if raw is None:
         raise FileNotFoundError(f"{store}/{path}")
@@ -93,7 +93,7 @@ def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
 
 
 def parsed(raw: bytes, node: str) -> dict[str, Any]:
-    """The content of a zarr.json, `raw` its first `MAX_DOCUMENT + 1` bytes. ValueError where it is none of a `node`."""
+    """The content of a zarr.json, `raw` its first `MAX_DOCUMENT + 1` bytes. ValueError if it is not a `node`."""
     if len(raw) > MAX_DOCUMENT:
         raise ValueError(f"zarr.json is larger than {MAX_DOCUMENT / 1e6:.0f} MB")
     try:
@@ -154,7 +154,7 @@ def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None
 
 
 def check_size(layout: Layout, dtype: str, where: str) -> int:
-    """The bytes of an array; StoreError where nothing that large is believed."""
+    """The size of an array in bytes; StoreError if it is too large to be credible."""
     size, chunk = math.prod(layout.shape) * storage_dtype(dtype).itemsize, layout.chunk_bytes(dtype)
     if size > MAX_ARRAY or chunk > MAX_CHUNK:
         raise StoreError(
@@ -211,7 +211,7 @@ def check_name(name: Any, what: str) -> str:
 
 
 def check_shape(shape: Any, where: str) -> tuple[int, int]:
-    """(d_out, d_in) of a layer as a store gives it. StoreError where that is no shape of a matrix."""
+    """(d_out, d_in) of a layer as a store gives it. StoreError if that is not the shape of a matrix."""
     if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(is_count(d, 1) for d in shape):
         raise StoreError(f"{where} has the shape {str(shape)[:80]}: the store is damaged")
     return shape[0], shape[1]

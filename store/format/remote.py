@@ -1,6 +1,6 @@
 """Stores at URLs: any fsspec file system. Reading asks for single files by name; nothing is listed.
 
-Nothing is waited for without end. From a web server no more than the bytes asked for is taken, whatever it sends, and
+Every wait has a limit. From a web server no more than the requested bytes is taken, whatever it sends, and
 `PIECE` of them must come within `PREP_TIMEOUT` seconds (30); of other file systems a request for `PART` bytes may take
 twice as long, one for more in proportion.
 """

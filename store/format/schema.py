@@ -103,7 +103,7 @@ def open_group(
     """The root group at a path, URL or zarr store, new with `attributes`; FileNotFoundError where there is none.
 
     One file is read: no v2 probe, no listing, and consolidated metadata, which may be stale, is not looked at.
-    Raises ValueError where that file is no group's.
+    Raises ValueError if that file does not describe a group.
     """
     store = zarr_store(location, mode == "r") if isinstance(location, (str, Path)) else location
     if mode in ("r", "r+"):
@@ -186,7 +186,7 @@ def remove_partial(root: zarr.Group) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a writer of a store calls a file so until it is whole."""
+    """Whether a name is one that a writer gives to a file until it is whole."""
     return _PARTIAL.fullmatch(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""JSON of strangers: how deep it may be nested, and of which types its values must be.
+"""Validation of untrusted JSON: how deeply it may be nested, and which types its values must have.
 
 A pattern is a type (`float` takes whole numbers too), a value, None, a tuple of patterns of which one must fit,
 `[pattern]` for a list, `{str: pattern}` for a dictionary of any names, or `{name: pattern}` for one that must have the
@@ -87,7 +87,7 @@ BASIS = {
 
 
 def loads(raw: bytes) -> Any:
-    """What a JSON text says. ValueError where it is none, or is nested more than `MAX_DEPTH` deep."""
+    """Parse JSON text. ValueError if it is not JSON, or is nested more than `MAX_DEPTH` deep."""
     check_nesting(raw)
     return json.loads(raw)
 
@@ -102,7 +102,7 @@ def check_nesting(raw: bytes) -> None:
 
 
 def mismatch(value: Any, pattern: Any) -> str | None:
-    """Where in a value something is not of the pattern: "" for the value itself, ".sites.x"; None if all of it is."""
+    """The path at which a value does not match the pattern: "" for the value itself, ".sites.x"; None if it matches."""
     if isinstance(pattern, tuple):
         return None if any(mismatch(value, one) is None for one in pattern) else ""
     if isinstance(pattern, (dict, list)):
