@@ -24,6 +24,7 @@ from .preprocess.options import (
     MODEL_DTYPES,
     MOMENT_DTYPES,
     MOMENTS,
+    PRODUCTS,
     CovarianceOptions,
     DecomposeOptions,
 )
@@ -136,6 +137,16 @@ _decompose_option = partial(_option, DecomposeOptions)
     help="peft-corda: sequences divided by their maximum, padding counted, as PEFT's preprocess_corda does.",
 )
 @_covariance_option("--memory-budget", help="For the accumulators; above it, several passes are made.")
+@_covariance_option(
+    "--device-memory",
+    metavar="SIZE",
+    help="For accumulators on each GPU; by default what a batch leaves free. 0 keeps them on the host.",
+)
+@_covariance_option(
+    "--products",
+    type=click.Choice(PRODUCTS),
+    help="On a GPU: auto multiplies half-precision activations as they are, exact in float32.",
+)
 @_covariance_option("--checkpoint-every", help="How often the state of an unfinished run is stored.")
 @_covariance_option(
     "--dry-run", is_flag=True, help="Print memory, disk and time from one batch per pass; store nothing."

@@ -44,7 +44,7 @@ from prep.preprocess.model import loading as models
 from prep.preprocess.model.forward import text_forward
 from prep.preprocess.model.network import Network, weight_record
 from prep.preprocess.model.sites import find_sites, target_layers
-from prep.preprocess.numerics.accumulators import moment_kind
+from prep.preprocess.numerics.accumulators import moment_kind, moments_of
 from prep.store import begin_moments, create_store, write_site
 from prep.store.checkpoint import finish
 from prep.store.format.schema import panels
@@ -86,8 +86,10 @@ class Bench:
             for number, batch in enumerate(self.batches()):
                 part.add(Batch(number, batch, {}))
         self.moments[moment] = {
-            site.name: part.sums[site.name].finish(
-                {name: weight_record(name, self.layers[name]) for name in site.members}
+            site.name: moments_of(
+                site.name,
+                part.sums[site.name].data(),
+                {name: weight_record(name, self.layers[name]) for name in site.members},
             )
             for site in self.sites
         }

@@ -56,6 +56,8 @@ def covariance(
     max_memory: str | Mapping[int | str, int | str] | None = None,
     compat: str | None = None,
     memory_budget: int | str = "8GB",
+    device_memory: int | str | None = None,
+    products: str = "auto",
     checkpoint_every: float | str = "60s",
     overwrite: bool = False,
     break_lock: bool = False,
@@ -72,9 +74,12 @@ def covariance(
     device_map, max_memory: parts of the model on several devices or on disk (see model/placement.py).
 
     A complete store of the same run is returned as it is, an incomplete one is resumed. One of another run, or of
-    batches, is refused, or with `overwrite` replaced when the new one is complete. Accumulators beyond `memory_budget`
-    are made in several passes; the state is stored every `checkpoint_every` and on SIGINT (then KeyboardInterrupt is
-    raised) and SIGTERM; not with `batches`.
+    batches, is refused, or with `overwrite` replaced when the new one is complete. The state is stored every
+    `checkpoint_every` and on SIGINT (then KeyboardInterrupt is raised) and SIGTERM; not with `batches`.
+
+    Accumulators beyond `memory_budget` are made in several passes. Those of layers on a GPU are kept there, as far as
+    `device_memory` (by default what a batch leaves free) allows; products="exact" multiplies half-precision
+    activations in float32 there.
 
     compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
     the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.

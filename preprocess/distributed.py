@@ -32,7 +32,8 @@ _PATIENCE = timedelta(hours=2)  # a rank may wait this long for another one that
 
 @dataclass(frozen=True)
 class World:
-    """This process among its `size` peers. Groups: all ranks; those of this node; one rank of every node."""
+    """This process among its `size` peers. Groups: all ranks; those of this node; one rank of every node; all
+    ranks over NCCL, where each has a GPU of its own."""
 
     rank: int = 0
     size: int = 1
@@ -41,6 +42,7 @@ class World:
     everyone: Any = None
     node: Any = None
     peers: Any = None
+    gpus: Any = None
 
     @property
     def nodes(self) -> int:
@@ -157,6 +159,16 @@ class World:
             dist.reduce(x, group=self.peers, group_dst=0)
         return x
 
+    def reduce_to(self, owner: int, x: Tensor) -> Tensor:
+        """x added over all ranks, right on rank `owner`; between GPUs where x is on one."""
+        if self.size == 1:
+            return x
+        between = self.gpus if x.is_cuda else None
+        x = x.clone() if x.device.type == "cpu" or between else x.cpu()
+        with _in_contact():
+            dist.reduce(x, group=between or self.everyone, group_dst=owner)
+        return x
+
     def gather_iter(self, own: Iterable[T]) -> Iterator[T]:
         """Yield all ranks' items on rank 0 as they arrive; other ranks send theirs and yield nothing."""
         if self.rank > 0:
@@ -260,12 +272,23 @@ def _world() -> World:
         raise PrepError("the nodes run different numbers of processes: start as many on each")
     nodes = [_gloo(range(a, a + local_size)) for a in range(0, size, local_size)]  # every rank makes every group
     peers = [_gloo(range(r, size, local_size)) for r in range(local_size)]
-    return replace(world, node=nodes[rank // local_size], peers=peers[local_rank])
+    return replace(world, node=nodes[rank // local_size], peers=peers[local_rank], gpus=_nccl(world))
 
 
 def _gloo(ranks: Sequence[int]) -> Any:
     with _in_contact():
         return dist.new_group(list(ranks), timeout=_PATIENCE, backend="gloo")
+
+
+def _nccl(world: World) -> Any:
+    """A group of all ranks over NCCL; None unless every rank of a node has a GPU of its own."""
+    possible = dist.is_nccl_available() and torch.cuda.device_count() >= world.local_size
+    if not all(world.all_gather(possible)):
+        return None
+    if world.local_size > 1:
+        torch.cuda.set_device(world.local_rank)
+    with _in_contact():
+        return dist.new_group(timeout=_PATIENCE, backend="nccl")
 
 
 def _receive(source: int, group: Any, inbox: SimpleQueue) -> None:

@@ -24,6 +24,7 @@ MOMENTS = (*MOMENT_KINDS, "auto")
 MOMENT_DTYPES = ("float64", "float32")
 MODEL_DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 BASIS_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+PRODUCTS = ("auto", "exact")
 COMPATIBLE = ("peft-corda",)
 
 
@@ -58,6 +59,8 @@ class CovarianceOptions:
     max_memory: str | Mapping[int | str, int | str] | None = None
     compat: str | None = None
     memory_budget: int | str = "8GB"
+    device_memory: int | str | None = None
+    products: str = "auto"
     checkpoint_every: float | str = "60s"
     overwrite: bool = False
     break_lock: bool = False
@@ -66,10 +69,14 @@ class CovarianceOptions:
     dry_run: bool = False
     distributed: bool = False
     budget: int = field(init=False)  # memory_budget in bytes
+    room: int | None = field(init=False)  # device_memory in bytes
     every: float = field(init=False)  # checkpoint_every in seconds
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", parse_size(self.memory_budget))
+        asked = self.device_memory
+        given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
+        object.__setattr__(self, "room", None if given is None else int(given))
         object.__setattr__(self, "every", parse_seconds(self.checkpoint_every))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
@@ -80,6 +87,7 @@ class CovarianceOptions:
         one_of("--moment", self.moment, MOMENTS)
         one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
         one_of("--dtype", self.dtype, MODEL_DTYPES)
+        one_of("--products", self.products, PRODUCTS)
         if self.compat is not None:
             one_of("--compat", self.compat, COMPATIBLE)
             if self.moment != "full" or not self.named:

@@ -22,6 +22,10 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if "ON_DEVICES" in environment:  # the CPU counts as a device that keeps the sums of its layers
+        from prep.preprocess.calibration import devices
+
+        devices.ACCELERATORS.append("cpu")
     if "BEGUN_AS" in environment:
         _begin(environment)
     left = [die_after]
@@ -64,12 +68,13 @@ def run(
     per_node: int | None = None,
     die: tuple[int, int] | None = None,
     begun_as: str | None = None,
+    on_devices: bool = False,
 ) -> tuple[list[int], list[str], float]:
     """Run `prep.<name>` with `size` ranks, `per_node` of them on every node (all by default).
 
     die: a rank and the number of batches or layers after which it is killed. begun_as: the backend of a default group
-    that each rank has begun before. Returns the exit codes, what each rank
-    said, and the seconds from the first exit to the last.
+    that each rank has begun before. on_devices: sums are kept where the activations are, as on a GPU. Returns the exit
+    codes, what each rank said, and the seconds from the first exit to the last.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,6 +85,7 @@ def run(
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
         environment |= {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
         environment |= {} if begun_as is None else {"BEGUN_AS": begun_as}
+        environment |= {"ON_DEVICES": "1"} if on_devices else {}
         texts.append(folder / f"rank{rank}.{time.monotonic_ns()}")
         limit = die[1] if die is not None and die[0] == rank else None
         processes.append(CONTEXT.Process(target=_rank, args=(name, options, environment, str(texts[-1]), limit)))

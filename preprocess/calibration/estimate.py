@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import zarr
+from torch import Tensor
 from zarr.storage import MemoryStore
 
 from ...precision import exact
@@ -19,7 +20,7 @@ from ..corpus.source import Text
 from ..memory import peak_memory
 from ..model.forward import evaluating
 from ..model.network import Network
-from ..numerics.accumulators import site_elements
+from ..numerics.accumulators import mapped, moments_of, site_elements
 from ..options import CovarianceOptions
 from .part import Batch, Part
 from .plan import make_plan
@@ -83,7 +84,8 @@ def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
     seen = [site for site in part.sites if part.sums[site.name].count]  # one batch need not reach every expert
     largest = max(seen or part.sites, key=lambda site: sizes[site.name])
     begun = time.monotonic()
-    moments = part.sums[largest.name].finish({name: network.weights[name] for name in largest.members})
+    members = {name: network.weights[name] for name in largest.members}
+    moments = moments_of(largest.name, mapped(part.sums[largest.name].data(), Tensor.cpu), members)
     write_site(zarr.open_group(MemoryStore(), zarr_format=3), largest.name, moments, dtype)
     return (time.monotonic() - begun) * sum(sizes.values()) / sizes[largest.name]
 

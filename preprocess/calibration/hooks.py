@@ -18,6 +18,7 @@ from ...linear import parameter, weight_matrix
 from ..model.experts import home
 from ..model.sites import Site, layer_input
 from ..numerics.accumulators import SiteSums
+from ..numerics.device_sums import DeviceSums
 
 
 class RealRows:
@@ -31,12 +32,13 @@ class RealRows:
 
     def __init__(self) -> None:
         self.masks: dict[str, tuple[Tensor | None, int]] = {}
+        self._moved: dict[tuple[str, torch.device], Tensor] = {}
         self._sequences = 0
 
     def begin(self, number: int, masks: Mapping[str, Tensor] | None) -> None:
         """The batch `number` with its masks (B, T), zero on padding; None for a batch that does not count."""
         self.number, self.empty = number, masks is None
-        self.masks, self._sequences = {}, 0
+        self.masks, self._moved, self._sequences = {}, {}, 0
         for name, mask in (masks or {}).items():
             rows = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
             self.masks[name] = rows, mask.numel()
@@ -51,7 +53,10 @@ class RealRows:
         if rows is None or site.routed:
             return flat
         if len(flat) == size:
-            return flat.index_select(0, rows.to(flat.device))
+            place = site.mask, flat.device
+            if place not in self._moved:
+                self._moved[place] = rows.to(flat.device)
+            return flat.index_select(0, self._moved[place])
         # one row per sequence, another stream such as image patches, or a model that removes padding itself
         if len(x) == self._sequences or len(flat) == len(rows):
             return flat
@@ -65,7 +70,12 @@ class SiteHooks:
     """The hooks of one site: the first member's input is added, the others must be handed the same tensor."""
 
     def __init__(
-        self, site: Site, layers: Mapping[str, nn.Module], sums: SiteSums, rows: RealRows, compat: str | None = None
+        self,
+        site: Site,
+        layers: Mapping[str, nn.Module],
+        sums: SiteSums | DeviceSums,
+        rows: RealRows,
+        compat: str | None = None,
     ):
         self._site, self._layers, self._sums, self._rows, self._compat = site, layers, sums, rows, compat
         self._shared: tuple[Tensor, int] | None = None
@@ -115,8 +125,7 @@ class SiteHooks:
             if getattr(layer, "bias", None) is not None:
                 y = y - parameter(layer, "bias").to(y.device)
         else:  # a half-precision y has lost what the moment is to keep
-            x = self._rows.of(layer_input(args, kwargs), self._site).float()
-            y = x @ weight_matrix(layer).to(x.device, x.dtype).T
+            y = self._sums.output(self._rows.of(layer_input(args, kwargs), self._site), weight_matrix(layer))
         self._sums.add_output(member, y)
 
 
@@ -163,9 +172,7 @@ class ExpertTurns:
             self._sums[self._waiting.pop(0)].add_nothing(next(self._owner.parameters()).dtype)
 
 
-def expert_turns(
-    sites: Sequence[Site], layers: Mapping[str, nn.Module], sums: Mapping[str, SiteSums]
-) -> list[ExpertTurns]:
+def expert_turns(sites: Sequence[Site], layers: Mapping[str, nn.Module], sums: Mapping[str, Any]) -> list[ExpertTurns]:
     """The turns of every module of fused experts among the sites."""
     homes: dict[nn.Module, list[str]] = {}
     for site in sites:

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,12 +30,17 @@ from ..corpus.source import Source
 from ..distributed import World
 from ..model.forward import evaluating
 from ..model.network import Network
+from ..model.sites import Site
+from ..numerics.accumulators import SiteSums, mapped, moments_of
+from ..numerics.device_sums import DeviceSums
 from ..options import CovarianceOptions
 from ..progress import Progress, say
+from .devices import place_sums
 from .part import Batch, Part
 from .plan import Plan, make_plan
 from .run import Run, find, is_done
 from .signals import Signals
+from .writers import Writers
 
 CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
 _IDLE = "no token of the data was routed to it"
@@ -62,6 +68,8 @@ class Calibration:
             self._path = Path(path)
             self._slot, self._stored = state["slot"], set(state["sites"])
             self._done, self._batches = set(state["done"]), state["batches"]
+            sources = (self._network, self._source, self._options.room, self._world)
+            self._devices, self._limit = ({}, 0) if self._complete else place_sums(*sources)
             plan = self._world.on_all(self._plan)
             self._passes = plan.passes
             stack.enter_context(disk_guard(self._path, plan.disk if self._world.writes else 0))
@@ -85,7 +93,15 @@ class Calibration:
         """The passes that are left, the first one with the sums that an interrupted run has stored."""
         for sites in self._passes:
             whole = len(sites) == len(self._network.sites)
-            part = Part(self._network, sites, whole=whole, compat=self._options.compat, world=self._world)
+            part = Part(
+                self._network,
+                sites,
+                whole=whole,
+                compat=self._options.compat,
+                world=self._world,
+                devices=self._devices,
+                exact=self._options.products == "exact",
+            )
             self._restore(part)
             yield part
 
@@ -112,18 +128,20 @@ class Calibration:
             raise PrepError(f"no token reached {lost[0]}: use more data or leave it out with --exclude")
         root = self._begin()
         self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), _IDLE))
-        for site in part.sites:
-            sums = part.sums.pop(site.name)
-            if site.name not in idle and sums.kept:
-                sums.restore(self._reduced(sums.data(), counts[site.name]))
-                if self._world.writes:
-                    dtype, members = self._options.moment_dtype, {m: self._network.weights[m] for m in site.members}
-                    write_site(root["moments"], site.name, sums.finish(members, DTYPES[dtype]), dtype)
+        with Writers() as writers:
+            for site in part.sites:
+                sums = part.sums.pop(site.name)
+                if site.name not in idle and (data := self._whole(part, site.name, sums, counts)) is not None:
+                    writers.submit(self._write_site, root, site, data)
         self._world.barrier()
         self._done |= {site.name for site in part.sites}
         self._batches, self._tokens = 0, max(self._tokens, *counts.values())
         if self._world.rank == 0:
             self._use(begin_slot(root), ())
+
+    def _write_site(self, root: Any, site: Site, sums: SiteData) -> None:
+        dtype, members = self._options.moment_dtype, {name: self._network.weights[name] for name in site.members}
+        write_site(root["moments"], site.name, moments_of(site.name, sums, members, DTYPES[dtype]), dtype)
 
     def store(self) -> Store | None:
         """The finished store, in the place that was asked for, on the process that wrote it; None on the others."""
@@ -157,7 +175,8 @@ class Calibration:
         """The passes that are left."""
         left = [] if self._complete else [site for site in self._network.sites if site.name not in self._done]
         options = self._options
-        plan = make_plan(left, self._network.kinds, options.budget, options.moment_dtype, self._stored)
+        budget = self._limit if self._devices else options.budget
+        plan = make_plan(left, self._network.kinds, budget, options.moment_dtype, self._stored, self._devices)
         if len(plan.passes) > 1 and self._source.once:
             raise PrepError(
                 f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
@@ -173,10 +192,10 @@ class Calibration:
         return Progress("covariance", total, source.unit, self._quiet, ready)
 
     def _restore(self, part: Part) -> None:
-        """Put the stored sums into those that this process keeps; they are of the first part only."""
+        """Put the stored sums into those of their owners; they are of the first part only."""
         if self._world.writes:
             for name in self._stored & part.sums.keys():
-                if part.sums[name].kept:
+                if part.owners[name] == self._world.rank:
                     part.sums[name].restore(read_sums(self._begin(), self._slot, name))
         self._stored = set()
 
@@ -208,11 +227,10 @@ class Calibration:
         """Store the sums under way, each by the process that keeps it."""
         root, counts = self._begin(), self._counts(part)
         slot = self._world.on_rank_zero(begin_slot, root)
-        for name, sums in part.sums.items():
-            if sums.kept:
-                data = self._reduced(sums.data(), counts[name])
-                if self._world.writes:
-                    write_sums(root, slot, name, data)
+        with Writers() as writers:
+            for name, sums in part.sums.items():
+                if (data := self._whole(part, name, sums, counts)) is not None:
+                    writers.submit(write_sums, root, slot, name, data)
         self._world.barrier()
         if self._world.rank == 0:
             self._use(slot, part.sums)
@@ -225,22 +243,16 @@ class Calibration:
         """Tokens of every site, of all processes."""
         return self._world.sum({name: sums.count for name, sums in part.sums.items() if sums.kept})
 
-    def _reduced(self, sums: SiteData, count: int) -> SiteData:
-        """Sums of one site added over the nodes, right on the first one, where `count` tokens are in them."""
-        if self._world.nodes == 1:
-            return sums
-
-        def panels(parts: list[Tensor]) -> list[Tensor]:
-            return [self._world.reduce(panel) for panel in parts]
-
-        return replace(
-            sums,
-            count=count,
-            mean=self._world.reduce(sums.mean),
-            second_moment=panels(sums.second_moment) if sums.second_moment else None,
-            diagonal=self._world.reduce(sums.diagonal) if sums.diagonal is not None else None,
-            outputs={name: panels(sums.outputs[name]) for name in sorted(sums.outputs)} if sums.outputs else None,
-        )
+    def _whole(self, part: Part, name: str, sums: SiteSums | DeviceSums, counts: dict[str, int]) -> SiteData | None:
+        """The sums of a site over all processes, on the host of the one that writes them; None on the others."""
+        world, owner = self._world, part.owners[name]
+        if part.on_devices:
+            data = mapped(sums.data(), partial(world.reduce_to, owner))
+            return replace(mapped(data, Tensor.cpu), count=counts[name]) if world.rank == owner else None
+        if not sums.kept:
+            return None
+        data = replace(mapped(sums.data(), world.reduce), count=counts[name])
+        return data if world.writes else None
 
     def _begin(self) -> Any:
         """The store's root for writing, made now if it was not there; None on a node that does not write."""

@@ -15,7 +15,8 @@ from ..model.experts import home, on_real_rows
 from ..model.forward import Inputs
 from ..model.network import Network
 from ..model.sites import Site
-from ..numerics.accumulators import SiteSums, site_elements
+from ..numerics.accumulators import SiteSums, not_finite, site_elements
+from ..numerics.device_sums import DeviceSums
 from .hooks import ExpertTurns, RealRows, SiteHooks, expert_turns
 
 
@@ -36,7 +37,8 @@ class Part:
     """The sites of one pass and their sums. `with part.hooked(): part.add(batch)` adds what a batch shows of them.
 
     whole: False ends each forward at the last of `sites`, which are in call order. compat: "peft-corda" for PEFT's
-    sums (see `scaled_by_sequence`).
+    sums (see `scaled_by_sequence`). devices: site name -> where its sums are kept, then by each process its own; on the
+    host by default. exact: products of float32 on a device, too. owners: which local rank writes a site.
     """
 
     def __init__(
@@ -47,13 +49,24 @@ class Part:
         whole: bool = True,
         compat: str | None = None,
         world: World = ALONE,
+        devices: Mapping[str, torch.device] | None = None,
+        exact: bool = False,
     ):
-        self.sites, self.sums = tuple(sites), site_sums(sites, network.kinds, world)
+        self.sites, self.owners = tuple(sites), owners(sites, network.kinds, world)
+        self.sums: dict[str, SiteSums | DeviceSums] = {}
+        for site in sites:
+            if devices:
+                self.sums[site.name] = device_sums(site, network.kinds[site.name], devices[site.name], exact)
+            else:
+                self.sums[site.name] = host_sums(site, network.kinds[site.name], world, self.owners[site.name])
+        self.on_devices = bool(devices)
         self._network, self._whole = network, whole
         self._rows = RealRows()
         self._masks: dict[nn.Module, str] = {}  # of the modules of fused experts
         layers = network.layers
-        self._hooks: list[SiteHooks | ExpertTurns] = [*expert_turns(sites, layers, self.sums)] if world.size > 1 else []
+        self._hooks: list[SiteHooks | ExpertTurns] = []
+        if world.size > 1 and not devices:  # every product is handed to the owner of the sums
+            self._hooks += expert_turns(sites, layers, self.sums)
         self._hooks += [SiteHooks(site, layers, self.sums[site.name], self._rows, compat) for site in sites]
 
     @contextlib.contextmanager
@@ -83,26 +96,42 @@ class Part:
         self._rows.begin(batch.number, batch.masks)
         with torch.no_grad(), contextlib.suppress(_DeepestSite):
             self._network.forward(batch.inputs)
+        if self.on_devices:
+            self._check_finite(batch.number)
+
+    def _check_finite(self, number: int) -> None:
+        """One look at what each device has noted. PrepError names site or layer, and the batch."""
+        noted: dict[torch.device, dict[str, Tensor]] = {}
+        for sums in self.sums.values():
+            if isinstance(sums, DeviceSums):
+                noted.setdefault(sums.device, {}).update(sums.finite)
+        for flags in noted.values():
+            for what, finite in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True):
+                if not finite:
+                    raise not_finite(what, number)
 
     def _real_rows(self, owner: nn.Module) -> tuple[Tensor | None, int]:
         """Indices of the real rows and number of all rows, for a module of fused experts."""
         return self._rows.masks.get(self._masks[owner], (None, 0))
 
 
-def site_sums(sites: Sequence[Site], kinds: Mapping[str, str], world: World = ALONE) -> dict[str, SiteSums]:
-    """Empty sums by site name; kinds: site name -> moment kind. Of several processes each keeps those of some sites."""
-    owners = dealt({site.name: site_elements(kinds[site.name], site.shapes) for site in sites}, world.local_size)
-    return {
-        site.name: SiteSums(
-            site.name,
-            kinds[site.name],
-            site.d_in,
-            {member: shape[0] for member, shape in zip(site.members, site.shapes, strict=True)},
-            world.collector(owners[site.name]),
-            owners[site.name] == world.local_rank,
-        )
-        for site in sites
-    }
+def owners(sites: Sequence[Site], kinds: Mapping[str, str], world: World) -> dict[str, int]:
+    """Site name -> local rank of the process that keeps or collects its sums; kinds: site name -> moment kind."""
+    return dealt({site.name: site_elements(kinds[site.name], site.shapes) for site in sites}, world.local_size)
+
+
+def host_sums(site: Site, kind: str, world: World = ALONE, owner: int = 0) -> SiteSums:
+    """Empty sums on the host, kept by one of the processes."""
+    return SiteSums(site.name, kind, site.d_in, _widths(site), world.collector(owner), owner == world.local_rank)
+
+
+def device_sums(site: Site, kind: str, device: torch.device, exact: bool = False) -> DeviceSums:
+    """Empty sums on a device, of this process alone."""
+    return DeviceSums(site.name, kind, site.d_in, _widths(site), device, exact)
+
+
+def _widths(site: Site) -> dict[str, int]:
+    return {member: d_out for member, (d_out, _) in zip(site.members, site.shapes, strict=True)}
 
 
 def _stop(*_: object) -> None:

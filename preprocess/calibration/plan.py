@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import PrepError
 from ..model.sites import Site
@@ -29,25 +31,31 @@ def make_plan(
     budget: int,
     moment_dtype: str,
     under_way: Collection[str] = (),
+    devices: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Cut `sites` into as few passes as the budget (bytes) allows, filling each in call order.
+
+    devices: site name -> the device that keeps its sums; each has the budget. All on the host by default.
 
     under_way: names of sites of which an interrupted pass has left sums. They make up the first pass, as many as fit;
     the others begin anew. PrepError if one site alone is over the budget.
     """
     sizes = {site.name: 8 * site_elements(kinds[site.name], site.shapes) for site in sites}
-    first = _filled([site for site in sites if site.name in under_way], sizes, budget)[:1]
+    places = devices or dict.fromkeys(sizes, "host")
+    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places)[:1]
     rest = [site for site in sites if not first or site not in first[0]]
-    passes = [*first, *_filled(rest, sizes, budget)]
+    passes = [*first, *_filled(rest, sizes, budget, places)]
     memory = max((sum(sizes[site.name] for site in part) for part in passes), default=0)
     stored = sum(sizes.values()) // (1 if moment_dtype == "float64" else 2)
     return Plan(tuple(map(tuple, passes)), memory, stored, 2 * memory)
 
 
-def _filled(sites: Sequence[Site], sizes: Mapping[str, int], budget: int) -> list[list[Site]]:
-    """The sites in order, a new pass begun where the next one would be over the budget."""
+def _filled(
+    sites: Sequence[Site], sizes: Mapping[str, int], budget: int, places: Mapping[str, Any]
+) -> list[list[Site]]:
+    """The sites in order, a new pass begun where the next one would be over the budget of its place."""
     passes: list[list[Site]] = []
-    used = 0
+    used: Counter[Any] = Counter()
     for site in sites:
         size = sizes[site.name]
         if size > budget:
@@ -55,9 +63,10 @@ def _filled(sites: Sequence[Site], sizes: Mapping[str, int], budget: int) -> lis
                 f"{site.name} needs {size / 1e9:.3g} GB of accumulators, the --memory-budget is {budget / 1e9:.3g} GB: "
                 "raise it, or take --moment auto or diagonal"
             )
-        if not passes or used + size > budget:
+        place = places[site.name]
+        if not passes or used[place] + size > budget:
             passes.append([])
-            used = 0
+            used.clear()
         passes[-1].append(site)
-        used += size
+        used[place] += size
     return passes

@@ -43,6 +43,7 @@ class Run:
         """The run that the options ask for, with what is known before the model is loaded."""
         chosen = {name: getattr(options, name) for name in ("layers", "moment", "moment_dtype", "compat")}
         chosen |= {"targets": list(options.targets), "exclude": list(options.exclude)}
+        chosen |= {"products": options.products} if options.products != "auto" else {}
         files = None
         if isinstance(options.model, str):
             name = loading.absolute_if_local(options.model)
@@ -83,7 +84,8 @@ class Run:
 
     def differences(self, store: Store) -> list[str]:
         """How the run that a store describes differs from this one; for a store of bases only, how its model does."""
-        wanted = {"model": {**self.model, "revision": self.revision}, "corpus": self.corpus, "options": self.options}
+        model, options = {**self.model, "revision": self.revision}, {"products": None, **self.options}
+        wanted = {"model": model, "corpus": self.corpus, "options": options}
         if store.corpus is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
         different = []

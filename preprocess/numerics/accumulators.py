@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,10 +52,6 @@ class GramSum:
                     block = np.ldexp(block.astype(np.float64), 2 * e)
                 np.add(total, block, out=total)  # torch would wake its threads, which then wait busily
 
-    def mean(self, count: int) -> list[Tensor]:
-        """The panels of E[x x^T] over `count` tokens. The sum is given up: no second copy is made."""
-        return [total.div_(count) for total in self.panels]
-
 
 class SiteSums:
     """Accumulates the sums of one site.
@@ -84,10 +82,7 @@ class SiteSums:
         X = X if X.dtype == torch.float64 else X.float()
         total = X.sum(0).cpu()
         if not torch.isfinite(total).all():
-            raise PrepError(
-                f"the input of {self.name} is NaN or infinite in batch {batch}: "
-                "try --dtype float32, or look at the data"
-            )
+            raise not_finite(f"input of {self.name}", batch)
         X, own = _in_range(X, total)
         said = self._collect(torch.tensor([X.shape[0] if count is None else count, own]))
         counts = [part.tolist() for part in said]
@@ -137,40 +132,51 @@ class SiteSums:
         for layer, panels_ in (sums.outputs or {}).items():
             self.outputs[layer].panels = panels_
 
-    def need_tokens(self) -> None:
-        """PrepError where no token came."""
-        if not self.count:
-            raise PrepError(f"no token reached {self.name}: use more data or leave it out with --exclude")
+    def output(self, x: Tensor, W: Tensor) -> Tensor:
+        """y = x @ W.T (n, d_out) in float32, of half-precision x (n, d_in) and W (d_out, d_in)."""
+        return x.float() @ W.to(x.device, torch.float32).T
 
-    def finish(self, members: dict[str, dict], dtype: torch.dtype = torch.float64) -> SiteData:
-        """The sums divided by the token count, in place: the accumulator is used up. dtype: in which they are stored.
 
-        PrepError where no token came, a product overflowed, or `dtype` cannot hold the moments.
-        """
-        self.need_tokens()
-        data = SiteData(
-            kind=self.kind,
-            members=members,
-            count=self.count,
-            mean=self.sum_x.div_(self.count),
-            second_moment=self.second.mean(self.count) if self.second else None,
-            diagonal=self.sum_x2.div_(self.count) if self.sum_x2 is not None else None,
-            outputs={layer: total.mean(self.count) for layer, total in self.outputs.items()} or None,
-        )
-        diagonal = [data.diagonal] if data.diagonal is not None else []
-        limits = torch.finfo(dtype)
-        for blocks in (data.second_moment or [], diagonal, *(data.outputs or {}).values()):
-            largest = max((_largest(block) for block in blocks), default=0.0)
-            if not math.isfinite(largest):
-                raise PrepError(
-                    f"the second moment of {self.name} overflows float32: run the model with --dtype float64"
-                )
-            if largest > limits.max or 0 < largest < limits.smallest_normal / limits.eps:
-                raise PrepError(
-                    f"the second moment of {self.name}, up to {largest:.0e}, is beyond {dtype_name(dtype)}: "
-                    "store it with --moment-dtype float64"
-                )
-        return data
+def not_finite(what: str, batch: int) -> PrepError:
+    """The error for `input of <site>` or `output of <layer>` that cannot be summed."""
+    dtype = "float32" if what.startswith("input") else "float64"
+    return PrepError(f"the {what} is NaN or infinite in batch {batch}: try --dtype {dtype}, or look at the data")
+
+
+def moments_of(
+    name: str, sums: SiteData, members: dict[str, dict[str, Any]], dtype: torch.dtype = torch.float64
+) -> SiteData:
+    """The sums of the site `name` divided by its token count, in place. dtype: in which the moments are stored.
+
+    PrepError where no token came, a product overflowed, or `dtype` cannot hold the moments.
+    """
+    if not sums.count:
+        raise PrepError(f"no token reached {name}: use more data or leave it out with --exclude")
+    moments = mapped(replace(sums, members=members), lambda total: total.div_(sums.count))
+    limits = torch.finfo(dtype)
+    diagonal = [moments.diagonal] if moments.diagonal is not None else []
+    for blocks in (moments.second_moment or [], diagonal, *(moments.outputs or {}).values()):
+        largest = max((_largest(block) for block in blocks), default=0.0)
+        if not math.isfinite(largest):
+            raise PrepError(f"the second moment of {name} overflows float32: run the model with --dtype float64")
+        if largest > limits.max or 0 < largest < limits.smallest_normal / limits.eps:
+            raise PrepError(
+                f"the second moment of {name}, up to {largest:.0e}, is beyond {dtype_name(dtype)}: "
+                "store it with --moment-dtype float64"
+            )
+    return moments
+
+
+def mapped(sums: SiteData, change: Callable[[Tensor], Tensor]) -> SiteData:
+    """The sums or moments of a site with every tensor changed, in a fixed order."""
+    outputs = sums.outputs
+    return replace(
+        sums,
+        mean=change(sums.mean),
+        second_moment=list(map(change, sums.second_moment)) if sums.second_moment else None,
+        diagonal=change(sums.diagonal) if sums.diagonal is not None else None,
+        outputs={layer: list(map(change, outputs[layer])) for layer in sorted(outputs)} if outputs else None,
+    )
 
 
 def _largest(X: Tensor) -> float:

@@ -34,7 +34,7 @@ def gram_blocks(X: Tensor, ranges: list[tuple[int, int]]) -> Iterator[tuple[int,
     threads, blocks = torch.get_num_threads(), len(ranges) * (len(ranges) + 1) // 2
     if X.device.type != "cpu" or (threads > 1 and blocks < BLOCKS_PER_THREAD * threads):
         for i, (a, b) in enumerate(ranges):
-            yield i, slice(b), _added(slice(a, b), slice(b), _chunks(X))
+            yield i, slice(b), _added(slice(a, b), slice(b), chunks(X))
         return
     x = X.contiguous().numpy()
     todo = ((i, a, b, s, t) for i, (a, b) in enumerate(ranges) for s, t in ranges[: i + 1])
@@ -50,10 +50,10 @@ def gram_blocks(X: Tensor, ranges: list[tuple[int, int]]) -> Iterator[tuple[int,
 
 def _product(x: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # told where the sums are finished
-        return _added(rows, columns, _chunks(x))
+        return _added(rows, columns, chunks(x))
 
 
-def _chunks(x: Any) -> list[Any]:
+def chunks(x: Any) -> list[Any]:
     """x (n, d) in pieces of at most TOKENS rows, an array or tensor; float64 stays whole."""
     if len(x) <= TOKENS or x.dtype in (np.float64, torch.float64):
         return [x]

@@ -17,6 +17,7 @@ from prep.preprocess.calibration.part import Batch, Part
 from prep.preprocess.corpus.text import CorpusOptions, load_corpus
 from prep.preprocess.model.network import Network
 from prep.preprocess.model.sites import MASK, find_sites, target_layers
+from prep.preprocess.numerics.accumulators import moments_of
 
 BATCHES = 52
 RUN = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2, "quiet": True}
@@ -286,7 +287,7 @@ def run(strange, kind="full", batches=None):
         for number, batch in enumerate(batches):
             masks = {MASK: batch[MASK]} if MASK in batch else {}
             part.add(Batch(number, batch, masks))
-    return {site.name: part.sums[site.name].finish({}) for site in strange.sites}
+    return {site.name: moments_of(site.name, part.sums[site.name].data(), {}) for site in strange.sites}
 
 
 def test_sites_are_told_apart_by_tensor_and_version(strange):

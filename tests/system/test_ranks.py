@@ -17,7 +17,7 @@ import torch
 
 import prep
 from prep import PrepError
-from prep.preprocess.calibration.part import site_sums
+from prep.preprocess.calibration.part import host_sums, owners
 from prep.preprocess.distributed import World, check_devices
 from prep.preprocess.model.sites import Site
 from prep.preprocess.verify import verify
@@ -164,8 +164,12 @@ def test_a_node_keeps_every_accumulator_once():
     def size(totals):
         return sum(panel.numel() for total in totals.values() for panel in total.second.panels)
 
-    alone = site_sums(sites, kinds)
-    shares = [site_sums(sites, kinds, World(rank, 3, rank, 3)) for rank in range(3)]
+    def share_of(world):
+        owner = owners(sites, kinds, world)
+        return {site.name: host_sums(site, "full", world, owner[site.name]) for site in sites}
+
+    alone = share_of(World())
+    shares = [share_of(World(rank, 3, rank, 3)) for rank in range(3)]
     assert sum(map(size, shares)) == size(alone)
     assert max(map(size, shares)) < 0.5 * size(alone)
     for site in sites:

@@ -166,12 +166,12 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
 
 def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
     """Whatever fails while the second state is written, the first one is there."""
-    from prep.preprocess.calibration.part import site_sums
+    from prep.preprocess.calibration.part import host_sums
     from prep.preprocess.model.sites import Site
     from prep.store.format import schema
 
     site = Site("a", ("a",), ((8, 16),))
-    totals = site_sums([site], {"a": "full"})
+    totals = {"a": host_sums(site, "full")}
     root = prep.store.create_store(tmp_path / "s", {"id": "", "model": {"id": "m"}, "status": "incomplete"}).root
     draw = torch.Generator().manual_seed(0)
     totals["a"].add_input(torch.randn(5, 16, generator=draw), 0)
