@@ -18,7 +18,7 @@ from ..store import Store, open_store
 from .adapter import Adapter, Origin, find_adapter
 from .coefficient import Coefficient
 from .cores import CORES, Core
-from .drift import check_weight, tensors_of
+from .drift import by_hash, check_verify, check_weight, tensors_of
 from .layer import AdaptedLinear
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -32,19 +32,21 @@ def attach(
     basis: str = "full",
     rank: int | None = None,
     layers: str | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     **options: Any,
 ) -> Adapter:
     """Adapt the model's layers with a core on a stored basis; only the core's parameters are left trainable.
 
     core: gain, rotation, ablation, dplr, arrow or dense, or your own Core class, with its `options` beside it; or an
     instance. rank: a slice of the stored one, clipped per layer; all of it by default. layers: a regular expression
-    searched in layer names. verify: check that the basis was made from this model's weights. Call it before DDP or
-    `fully_shard`. `**VARIANTS[name]` gives the arguments of a published adapter.
+    searched in layer names. verify: check that the basis was made from this model's weights, on a GPU by a
+    probe; "hash" compares hashes there, too. Call it before DDP or `fully_shard`. `**VARIANTS[name]` gives the
+    arguments of a published adapter.
 
     All or nothing: PrepError or StoreError leaves the model as it was. Nothing is decomposed here.
     """
     refuse_adapted(model)
+    check_verify(verify)
     prototype = make_core(core, options)
     opened = store if isinstance(store, Store) else open_store(store)
     bases = opened.bases[basis]
@@ -133,7 +135,7 @@ def install(
     parts: dict[str, tuple[Tensor, Tensor, Tensor]],
     core: Core,
     origin: Origin,
-    verify: bool = True,
+    verify: bool | str = True,
     states: dict[str, dict[str, Tensor]] | None = None,
 ) -> Adapter:
     """Put a core on U (d_out, r), S (r,), P (r, d_in) around each module, with the `states` of its parameters if given.
@@ -141,7 +143,7 @@ def install(
     The model changes only when all layers are built.
     """
     if verify:
-        _check_weights(modules, parts, origin)
+        _check_weights(modules, parts, origin, verify)
     coefficient = Coefficient()
     layers = {}
     for name, module in modules.items():
@@ -211,11 +213,11 @@ def unmerge(model: nn.Module) -> None:
 
 
 def _check_weights(
-    modules: dict[str, nn.Module], parts: dict[str, tuple[Tensor, Tensor, Tensor]], origin: Origin
+    modules: dict[str, nn.Module], parts: dict[str, tuple[Tensor, Tensor, Tensor]], origin: Origin, verify: bool | str
 ) -> None:
     """`check_weight` of every layer."""
     for name, module in modules.items():
-        check_weight(name, module, *parts[name], origin.weights[name], origin.identity)
+        check_weight(name, module, *parts[name], origin.weights[name], origin.identity, by_hash(module, verify))
 
 
 def _fill(name: str, layer: AdaptedLinear, state: dict[str, Tensor]) -> None:

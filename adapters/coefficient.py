@@ -62,7 +62,11 @@ _keys = itertools.count()
 _live: weakref.WeakValueDictionary[int, Coefficient] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("prep::coefficient", mutates_args=())
+# a CUDA graph would replay the value that it was recorded with
+_TAGS: dict = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}  # torch 2.9
+
+
+@torch.library.custom_op("prep::coefficient", mutates_args=(), **_TAGS)
 def _read_at_run_time(current: Tensor, key: int) -> Tensor:
     """An opaque operator: compiled code looks the value up when it runs, not when it is traced."""
     return _live[key]._read(current).clone()

@@ -1,7 +1,8 @@
 """Does a basis belong to this weight? U^T W = diag(S) P holds for every basis that was made from W.
 
 Weights of the dtype the basis was made from are compared by hash. Others, quantised ones included, are probed: for
-random x, `(W x)^T U` against `(P x)^T diag(S)`; the relative difference is the drift of the weights.
+random x, `(W x)^T U` against `(P x)^T diag(S)`; the relative difference is the drift of the weights. Weights on a GPU
+are probed as well, unless a hash is asked for, which copies them to the host.
 """
 
 import copy
@@ -28,12 +29,19 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def check_weight(
-    name: str, module: nn.Module, U: Tensor, S: Tensor, P: Tensor, made_from: tuple[str, str], identity: bool = True
+    name: str,
+    module: nn.Module,
+    U: Tensor,
+    S: Tensor,
+    P: Tensor,
+    made_from: tuple[str, str],
+    identity: bool = True,
+    hashed: bool = True,
 ) -> None:
     """PrepError with the drift in percent if the basis U (d_out, r), S (r,), P (r, d_in) belongs to other weights.
 
     made_from: hash and dtype of the weight that was decomposed. identity: False for a basis of components, for which
-    U^T W = diag(S) P does not hold and only the hash can tell.
+    U^T W = diag(S) P does not hold and only the hash can tell. hashed: False probes weights of the same dtype, too.
     """
     expected, dtype = made_from
     where = f"{name} has other weights than its basis was made from"
@@ -42,13 +50,25 @@ def check_weight(
     if is_plain(module) and dtype in DTYPES:
         W = weight_matrix(module)
         same_dtype = W.dtype == DTYPES[dtype]
-        if weight_hash(W.to(DTYPES[dtype])) == expected:
+        if (hashed or not identity) and weight_hash(W.to(DTYPES[dtype])) == expected:
             return
     if not identity:
         raise PrepError(f"{where}, or the same in another dtype than {dtype}: {advice}")
     measured = drift(module, U, S, P)
-    if same_dtype or not measured <= tolerance(module, dtype, U.dtype):
+    limit = TOLERANCE[dtype_name(U.dtype)] if same_dtype else tolerance(module, dtype, U.dtype)
+    if (same_dtype and hashed) or not measured <= limit:
         raise PrepError(f"{where} (drift {measured:.2%}): {advice}")
+
+
+def by_hash(module: nn.Module, verify: bool | str) -> bool:
+    """Whether a weight is compared by hash: on the CPU, and elsewhere where verify is "hash"."""
+    return verify == "hash" or tensors_of(module)[0].device.type == "cpu"
+
+
+def check_verify(verify: bool | str) -> None:
+    """PrepError unless verify is True, False or "hash"."""
+    if verify not in (True, False, "hash"):
+        raise PrepError(f'verify={verify!r}: give True, False or "hash"')
 
 
 def drift(module: nn.Module, U: Tensor, S: Tensor, P: Tensor) -> float:

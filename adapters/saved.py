@@ -65,12 +65,12 @@ def load(
     *,
     core: type[Core] | None = None,
     store: str | Path | Store | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
 ) -> Adapter:
     """Adapt the model as `save` wrote it. Strict: every layer, shape, parameter and base weight must agree.
 
     core: the class of a user's own core; nothing is imported by a name that the file gives. store: where the basis is,
-    if the file holds only a reference to it. verify: check the base weights.
+    if the file holds only a reference to it. verify: check the base weights, as in `attach`.
 
     PrepError names what differs and leaves the model as it was.
     """

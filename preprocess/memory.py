@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 
 def free_memory() -> int:
     """Bytes of memory still available; half of all memory if the system does not tell."""
@@ -33,3 +35,8 @@ def _kilobytes(path: str, name: str) -> int | None:
     except OSError:
         return None
     return int(told[1]) if told else None
+
+
+def peak_device_memory(device: torch.device) -> int:
+    """Most bytes that tensors of this process have taken on a GPU so far; 0 for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

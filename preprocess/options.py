@@ -73,6 +73,7 @@ class CovarianceOptions:
     every: float = field(init=False)  # checkpoint_every in seconds
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", _uncompiled(self.model))
         object.__setattr__(self, "budget", parse_size(self.memory_budget))
         asked = self.device_memory
         given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
@@ -140,8 +141,14 @@ class DecomposeOptions:
     distributed: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", _uncompiled(self.model))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
+
+
+def _uncompiled(model: Any) -> Any:
+    """The module that `torch.compile` wrapped; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _dtype_name(dtype: Any) -> str:

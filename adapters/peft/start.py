@@ -28,7 +28,7 @@ from ...linear import is_plain, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ..attach import find_layers, refuse_adapted
-from ..drift import check_weight
+from ..drift import by_hash, check_verify, check_weight
 from . import eva
 from .lora import check_stored, describe, factors
 
@@ -62,7 +62,7 @@ def get_model(
     lora_alpha: float = 8,
     *,
     basis: str | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     **lora_config: Any,
@@ -79,6 +79,7 @@ def get_model(
     """
     peft = require_peft()
     _check_model(model, init, lora_config)
+    check_verify(verify)
     opened = store if isinstance(store, Store) else open_store(store)
     bases = None if init == "lora" else open_basis(opened, init, basis)
     if init == "eva":
@@ -97,7 +98,7 @@ def get_model(
         A = eva.components(opened, bases, ranks, config.eva_config.rho, config.eva_config.whiten)
         if verify:  # the components do not depend on how the weights are packed
             plain = {layer: module for layer, module in modules.items() if is_plain(module)}
-            _check_weights(plain, bases, bases.read(plain, 1))
+            _check_weights(plain, bases, bases.read(plain, 1), verify)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "lora with eva initialization")
             adapted = adapt()
@@ -106,7 +107,7 @@ def get_model(
     _check_residual(model, modules, init)
     read = bases.read(ranks, max(ranks.values()))
     if verify:
-        _check_weights(modules, bases, read)
+        _check_weights(modules, bases, read, verify)
     adapted = adapt()
     _start_residual(adapted, adapter_name, {layer: read.pop(layer) for layer in ranks}, init)
     return adapted
@@ -237,12 +238,15 @@ def _check_residual(model: nn.Module, modules: Mapping[str, nn.Module], init: st
             raise PrepError(f"{layer} shares its weight with {shared[0]}: leave it out of target_modules")
 
 
-def _check_weights(modules: Mapping[str, nn.Module], bases: BasisSet, read: Mapping[str, Basis]) -> None:
+def _check_weights(
+    modules: Mapping[str, nn.Module], bases: BasisSet, read: Mapping[str, Basis], verify: bool | str
+) -> None:
     """PrepError if the basis was made from other weights than the modules'."""
     identity = bases.method["metric"] != "components"
     for layer, module in modules.items():
         U, S, P, record = read[layer].U, read[layer].S, read[layer].P, bases.layers[layer]
-        check_weight(layer, module, U, S, P, (record.weight_hash, record.weight_dtype), identity)
+        made_from = record.weight_hash, record.weight_dtype
+        check_weight(layer, module, U, S, P, made_from, identity, by_hash(module, verify))
 
 
 def _start_eva(adapted: Any, adapter: str, A: Mapping[str, Tensor], autocast_adapter_dtype: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import zarr
 from torch import Tensor
@@ -17,11 +16,13 @@ from zarr.storage import MemoryStore
 from ...precision import exact
 from ...store import write_site
 from ..corpus.source import Text
-from ..memory import peak_memory
+from ..distributed import ALONE
+from ..memory import peak_device_memory, peak_memory
 from ..model.forward import evaluating
 from ..model.network import Network
 from ..numerics.accumulators import mapped, moments_of, site_elements
 from ..options import CovarianceOptions
+from .devices import place_sums
 from .part import Batch, Part
 from .plan import make_plan
 
@@ -30,8 +31,8 @@ from .plan import make_plan
 class Estimate:
     """What a calibration takes: counts, bytes and seconds.
 
-    memory: peak of the process, of which `accumulators` are the moments under way; disk: of the finished store;
-    checkpoint: what an unfinished run takes beside it.
+    memory: peak of the process; device_memory: peak of one GPU, 0 where the sums are on the host; accumulators: the
+    moments under way on either; disk: of the finished store; checkpoint: what an unfinished run takes beside it.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class Estimate:
     passes: int
     accumulators: int
     memory: int
+    device_memory: int
     disk: int
     checkpoint: int
     seconds: float
@@ -47,13 +49,16 @@ class Estimate:
 
 def estimate(options: CovarianceOptions, network: Network, source: Text) -> Estimate:
     """Run the first batch through every pass, twice, and extrapolate. Nothing is stored."""
-    plan = make_plan(network.sites, network.kinds, options.budget, options.moment_dtype)
+    devices, limit = place_sums(network, source, options.room, ALONE)
+    budget = limit if devices else options.budget
+    plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices)
     batches = len(source.corpus.sequences) / source.batch_size
     inputs = next(source.read())
     seconds = 0.0
     with evaluating(network.module), exact():
         for sites in plan.passes:
-            part = Part(network, sites, whole=len(plan.passes) == 1)
+            exactly = options.products == "exact"
+            part = Part(network, sites, whole=len(plan.passes) == 1, devices=devices, exact=exactly)
             seconds += _seconds_per_batch(part, Batch(0, inputs, source.masks(inputs))) * batches
             seconds += _seconds_to_write(part, network, options.moment_dtype)
     return Estimate(
@@ -63,6 +68,7 @@ def estimate(options: CovarianceOptions, network: Network, source: Text) -> Esti
         passes=len(plan.passes),
         accumulators=plan.memory,
         memory=peak_memory(),
+        device_memory=max(map(peak_device_memory, set(devices.values())), default=0),
         disk=plan.disk,
         checkpoint=plan.checkpoint,
         seconds=seconds,
@@ -74,7 +80,7 @@ def _seconds_per_batch(part: Part, batch: Batch) -> float:
     with part.hooked():
         part.add(batch)
         begun = time.monotonic()
-        part.add(batch)
+        part.add(batch)  # which waits for the devices
         return time.monotonic() - begun
 
 
@@ -92,10 +98,13 @@ def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
 
 def lines(needed: Estimate) -> list[str]:
     """What `--dry-run` prints."""
-    rows: list[tuple[str, Any]] = [
+    sums = f", of which {needed.accumulators / 1e9:.2f} GB are accumulators"
+    on_device = needed.device_memory > 0
+    rows = [
         ("layers", f"{needed.layers:,} in {needed.sites:,} sites"),
         ("passes", f"{needed.passes} over {needed.tokens:,} tokens"),
-        ("memory", f"{needed.memory / 1e9:.2f} GB, of which {needed.accumulators / 1e9:.2f} GB are accumulators"),
+        ("memory", f"{needed.memory / 1e9:.2f} GB{'' if on_device else sums}"),
+        *([("gpu", f"{needed.device_memory / 1e9:.2f} GB{sums}")] if on_device else []),
         ("disk", f"{needed.disk / 1e9:.2f} GB, up to {needed.checkpoint / 1e9:.2f} GB more while it runs"),
         ("time", f"{needed.seconds:,.0f} s"),
     ]

@@ -159,3 +159,27 @@ def test_the_weakest_directions_are_probed_in_half_precision():
     check_weight("l", layer.bfloat16(), *bottom, ("", "float32"))
     with pytest.raises(prep.PrepError, match="other weights"):
         check_weight("l", other.bfloat16(), *bottom, ("", "float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_the_same_dtype_are_probed_where_they_are_not_hashed(dtype):
+    """As on a GPU: the right weights pass without their hash, changed and other ones do not."""
+    from prep.adapters.drift import check_weight
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(40, 24, bias=False).to(getattr(torch, dtype))
+    U, S, Vt = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+    basis = U[:, :8], S[:8], Vt[:8]
+    check_weight("l", layer, *basis, ("", dtype), hashed=False)
+    with pytest.raises(prep.PrepError, match="other weights"):
+        check_weight("l", layer, *basis, ("", dtype), hashed=True)
+    layer.weight.data[3] *= 1.01
+    with pytest.raises(prep.PrepError, match=r"other weights .*drift 0\.\d+%"):
+        check_weight("l", layer, *basis, ("", dtype), hashed=False)
+
+
+def test_verify_takes_true_false_and_hash(store):
+    model = tiny_llama()
+    with pytest.raises(prep.PrepError, match="verify='probe'"):
+        prep.attach(model, store, verify="probe")
+    prep.attach(model, store, verify="hash")

@@ -181,6 +181,23 @@ def test_compiled_code_under_checkpointing_uses_the_coefficient_of_the_forward(s
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+def test_code_compiled_for_cuda_graphs_uses_the_coefficient_of_each_call(store):
+    """On a CPU no graph is recorded; the operator is marked as one that no graph may hold."""
+    model = tiny_llama()
+    adapter = prep.attach(model, store, core="dense", rank=8)
+    for parameter in adapter.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    block, x = model.model.layers[0].mlp, torch.randn(3, 32)
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for s in (1.0, 0.5, -2.0, 0.0):
+            with adapter.coeff(s):
+                torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
+    if hasattr(torch.Tag, "cudagraph_unsafe"):
+        assert torch.Tag.cudagraph_unsafe in torch.ops.prep.coefficient.default.tags
+
+
 @pytest.mark.parametrize("name", ["gain", "dplr"])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_trains(tmp_path, kind, name):

@@ -8,7 +8,7 @@ import torch
 
 import prep
 from prep import PrepError
-from prep.preprocess.calibration import devices, job
+from prep.preprocess.calibration import devices, estimate, job
 from prep.preprocess.calibration.job import Calibration
 from prep.preprocess.calibration.plan import make_plan
 from prep.preprocess.model.sites import Site
@@ -164,6 +164,15 @@ def test_by_default_three_gigabytes_are_left(made, tmp_path, on_devices, used, m
 
 class Killed(BaseException):
     """Ends a command where a kill would have."""
+
+
+def test_a_dry_run_plans_for_the_device(made, tmp_path, on_devices, used, monkeypatch):
+    assert made(tmp_path / "s", dry_run=True, device_memory=SMALL).passes > made(tmp_path / "s", dry_run=True).passes
+    assert used and made(tmp_path / "s", dry_run=True, device_memory=0).device_memory == 0
+    monkeypatch.setattr(estimate, "peak_device_memory", lambda device: 3 * 10**9)
+    needed = made(tmp_path / "s", dry_run=True, device_memory="1GB")
+    assert needed.device_memory == 3 * 10**9
+    assert [line for line in estimate.lines(needed) if line.startswith("gpu      3.00 GB, of which 0.00 GB are acc")]
 
 
 def interrupted(monkeypatch, run, batches):
