@@ -19,6 +19,8 @@ from prep.preprocess.numerics.methods import Method
 from prep.preprocess.numerics.whitening import whitened_svd
 from prep.store import BasisWriter, LayerRecord, create_store
 
+CORES = ("gain", "rotation", "ablation", "dplr", "arrow", "dense")
+
 
 def main() -> None:
     """Time forward, and forward with backward, of each adapted layer; medians and ratios to LoRA."""
@@ -38,7 +40,7 @@ def main() -> None:
     config = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=["0"], lora_dropout=0.0)
     nets: dict[str, nn.Module] = {"base": frozen(base), "peft lora": get_peft_model(lora, config)}
     store = basis_of(base, options.rank)
-    for core in ("gain", "rotation", "ablation", "dplr", "arrow", "dense"):
+    for core in CORES:
         net = nn.Sequential(nn.Linear(options.d_in, options.d_out, bias=False))
         net[0].weight.data.copy_(base.weight)
         prep.attach(net, store, core=core, basis="identity")

@@ -111,3 +111,14 @@ def test_peft_startup(run, made):
     printed = run("peft_startup", "--model", made["model"], "--store", made["store"], "--rank", 4)
     assert "PiSSA, rank 4, 14 layers" in printed
     assert "there PEFT is" in printed
+
+
+def test_gpu(run, tmp_path):
+    report = tmp_path / "gpu.json"
+    sizes = ["--shrink", 128, "--rounds", 1, "--blocks", 1, "--seq-len", 16]
+    printed = run("gpu", "--device", "cpu", *sizes, "--json", report)
+    figures = json.loads(report.read_text())
+    assert figures.keys() == {"device", "pass", "products", "error", "state", "attach", "step"}
+    assert set(figures["pass"]["8 x 16"]) == {"forward", "prep full", "prep auto", "published", "peft corda"}
+    assert all(value["scaled"] < 5e-6 for value in figures["error"].values())
+    assert "\n  dplr " in printed
