@@ -1,27 +1,13 @@
 """What attach refuses, by name and without touching the model: wrong arguments, other models, other weights."""
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
-from workers import (  # noqa: F401
-    METHODS,
-    assert_same,
-    linear_layers,
-    logits,
-    one_thread,
-    randomize,
-    snapshot,
-    tiny_llama,
-    write_store,
-)
+from workers import assert_same, logits, randomize, snapshot
 
 import prep
 from prep.adapters.cores import CORES
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("checks") / "prep.zarr", tiny_llama(), tuple(METHODS), rank=24)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +25,7 @@ def store(tmp_path_factory):
     ],
 )
 def test_wrong_arguments_are_refused_and_leave_the_model_alone(store, arguments, message):
-    model = tiny_llama()
+    model = tiny.llama()
     before = snapshot(model)
     with pytest.raises(prep.PrepError, match=message):
         prep.attach(model, store, **arguments)
@@ -47,8 +33,8 @@ def test_wrong_arguments_are_refused_and_leave_the_model_alone(store, arguments,
 
 
 def test_attach_is_all_or_nothing(store):
-    model = tiny_llama()
-    last = list(linear_layers(model).values())[-1]
+    model = tiny.llama()
+    last = list(tiny.layers(model).values())[-1]
     last.weight.data += 1e-3
     before = snapshot(model)
     with pytest.raises(prep.PrepError, match=r"layers\.1\.mlp\.down_proj has other weights .*drift 0\.\d+%"):
@@ -60,7 +46,7 @@ def test_attach_is_all_or_nothing(store):
 def test_a_model_that_lacks_the_layers_is_refused(store):
     with pytest.raises(prep.PrepError, match=r"no layer model\.layers"):
         prep.attach(nn.Sequential(nn.Linear(32, 32)), store)
-    model = tiny_llama()
+    model = tiny.llama()
     model.model.layers[1].mlp.up_proj = nn.Linear(32, 40)
     with pytest.raises(prep.PrepError, match="up_proj is 40 x 32 in the model and 48 x 32 in the basis"):
         prep.attach(model, store)
@@ -74,7 +60,7 @@ def test_a_model_that_lacks_the_layers_is_refused(store):
 
 
 def test_attaching_twice_is_refused(store):
-    model = tiny_llama()
+    model = tiny.llama()
     prep.attach(model, store)
     with pytest.raises(prep.PrepError, match=r"already: call prep\.detach"):
         prep.attach(model, store)
@@ -85,29 +71,29 @@ def test_attaching_twice_is_refused(store):
 def test_verification_across_dtypes(store, tmp_path):
     """Casts of the right weights pass by hash or probe, other weights of any dtype do not."""
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        prep.attach(tiny_llama(dtype=dtype), store)
+        prep.attach(tiny.llama(dtype=dtype), store)
         with pytest.raises(prep.PrepError, match=r"drift 1\d\d\.\d\d%"):
-            prep.attach(tiny_llama(seed=1, dtype=dtype), store)
+            prep.attach(tiny.llama(seed=1, dtype=dtype), store)
     with pytest.raises(prep.PrepError, match="drift 1"):
-        prep.attach(tiny_llama(seed=1), store)
-    low = write_store(tmp_path / "low.zarr", tiny_llama(dtype=torch.bfloat16), ("full", "eva"))
-    nearly = tiny_llama(dtype=torch.bfloat16)
+        prep.attach(tiny.llama(seed=1), store)
+    low = tiny.store(tmp_path / "low.zarr", tiny.llama(dtype=torch.bfloat16), ("full", "eva"))
+    nearly = tiny.llama(dtype=torch.bfloat16)
     weight = nearly.model.layers[1].self_attn.v_proj.weight.data
     weight[0, 0] += 0.01 * weight[0, 0]
     with pytest.raises(prep.PrepError, match=r"layers\.1\.self_attn\.v_proj .*drift 0\."):
         prep.attach(nearly, low)
-    upcast = tiny_llama(dtype=torch.bfloat16).float()
+    upcast = tiny.llama(dtype=torch.bfloat16).float()
     prep.attach(upcast, low)
-    drifted = tiny_llama(dtype=torch.bfloat16).float()
+    drifted = tiny.llama(dtype=torch.bfloat16).float()
     drifted.model.layers[0].mlp.up_proj.weight.data *= 1.1
     with pytest.raises(prep.PrepError, match=r"layers\.0\.mlp\.up_proj .*drift 1?\d\."):
         prep.attach(drifted, low)
 
 
 def test_a_basis_of_components_is_verified_by_hash_only(store):
-    prep.attach(tiny_llama(), store, basis="eva")
+    prep.attach(tiny.llama(), store, basis="eva")
     with pytest.raises(prep.PrepError, match=r"other weights .* or the same in another dtype than float32"):
-        prep.attach(tiny_llama(dtype=torch.bfloat16), store, basis="eva")
+        prep.attach(tiny.llama(dtype=torch.bfloat16), store, basis="eva")
 
 
 class Packed(nn.Module):
@@ -129,7 +115,7 @@ class Packed(nn.Module):
 
 
 def test_a_linear_like_layer_is_adapted_and_verified_through_its_forward(store):
-    model, name = tiny_llama(), "model.layers.1.mlp.up_proj"
+    model, name = tiny.llama(), "model.layers.1.mlp.up_proj"
     model.model.layers[1].mlp.up_proj = Packed(model.get_submodule(name))
     base = logits(model)
     adapter = prep.attach(model, store, core="dplr")

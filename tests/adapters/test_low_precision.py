@@ -14,17 +14,15 @@ from prep.adapters.layer import row_exponents
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model of small activations, and a basis of the directions that hold least of its output."""
-    path = tmp_path_factory.mktemp("made")
     model = tiny.llama()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
                 parameter.mul_(0.01)
-    directory = tiny.save(model, path / "model")
-    options = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
-    prep.covariance(directory, tiny.write_data(path / "t.jsonl", tiny.texts(60)), store=path / "s", **options)
-    prep.decompose(path / "s", for_="corda_kpm", rank=6, quiet=True)
-    return path, directory
+    made = tiny.sources(tmp_path_factory.mktemp("made"), model)
+    prep.covariance(made.model, made.data, store=made.path / "s", **tiny.RUN)
+    prep.decompose(made.path / "s", for_="corda_kpm", rank=6, quiet=True)
+    return made.path, made.model
 
 
 def load(directory, dtype):

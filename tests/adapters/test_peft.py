@@ -15,7 +15,6 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.incremental_pca import IncrementalPCA
 from safetensors.torch import load_file
-from stores import write_moments
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -39,12 +38,9 @@ FORMS = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A tiny Llama in `model/`, its calibration in `prep.zarr`, with the basis of every init to rank 16."""
-    home = tmp_path_factory.mktemp("peft")
-    tiny.save(tiny.llama(), home / "model")
-    data = tiny.write_data(home / "text.jsonl", tiny.texts(200))
-    prep.covariance(
-        str(home / "model"), data, store=home / "prep.zarr", num_sequences=60, seq_len=16, batch_size=60, quiet=True
-    )
+    given = tiny.sources(tmp_path_factory.mktemp("peft"), sentences=200)
+    home, run = given.path, {"num_sequences": 60, "seq_len": 16, "batch_size": 60, "quiet": True}
+    prep.covariance(given.model, given.data, store=home / "prep.zarr", **run)
     for init in INITS:
         if init != "lora":
             prep.decompose(home / "prep.zarr", for_=init, rank=16, quiet=True)
@@ -54,14 +50,6 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(home):
     return home / "prep.zarr"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(home, dtype=torch.float32):
@@ -188,7 +176,7 @@ def test_every_residual_init_is_the_svd_of_its_metric(home, store):
 
 
 def test_conv1d_layers_and_biases(tmp_path):
-    model = tiny.gpt2()
+    model = tiny.model("GPT-2")
     path = tiny.save(model, tmp_path / "gpt2")
     prep.decompose(tmp_path / "s.zarr", for_="pissa", rank=RANK, model=path, quiet=True)
     base = logits(model)
@@ -222,7 +210,7 @@ def corda(home):
         member = {"shape": list(record.shape), "weight_hash": record.weight_hash, "weight_dtype": record.weight_dtype}
         blocks = [C[a:b, :b] for a, b in panels(len(C))]
         sites[layer] = SiteData("full", {layer: member}, batch["input_ids"].numel(), torch.zeros(len(C)), blocks)
-    write_moments(store.root, sites)
+    tiny.write_moments(store.root, sites)
     for init in ("corda_ipm", "corda_kpm"):
         prep.decompose(place / "peft.zarr", for_=init, damping=0.01, rank=16, overwrite=True, quiet=True)
     return place
@@ -568,7 +556,7 @@ def test_other_weights_and_shapes_are_refused(home, store):
     model.model.layers[1].mlp.up_proj.weight.data[3] += 1
     refused(home, store, "model.layers.1.mlp.up_proj has other weights", model=model)
     refused(home, store, "model.layers.1.mlp.up_proj has other weights", model=model, init="eva")
-    refused(home, store, "gate_proj is 40 x 32 in the model and 48 x 32", model=tiny.llama(intermediate=40))
+    refused(home, store, "gate_proj is 40 x 32 in the model and 48 x 32", model=tiny.llama(40))
     assert prep.peft.get_model(model, store, "whitened", r=RANK, verify=False)
 
 

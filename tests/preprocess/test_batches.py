@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Routed, build, inputs, without
+from families import Routed, inputs, without
 from torch import nn
 
 import prep
@@ -207,7 +207,7 @@ LENGTHS = {"equal": ([1, 2, 3, 4], [4, 3, 2, 1]), "longer questions": ([5, 1, 9]
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_side_of_an_encoder_decoder_has_its_mask(lengths, tmp_path):
     """The oracle reads every pair alone, without padding."""
-    model, draw = build(FAMILIES["T5"]), torch.Generator().manual_seed(0)
+    model, draw = tiny.model("T5"), torch.Generator().manual_seed(0)
     ids, answers = (torch.randint(3, 60, (len(sizes), max(sizes)), generator=draw) for sizes in lengths)
     mask, theirs = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None] for sizes in lengths)
     batch = {"input_ids": ids, "attention_mask": mask.long()}
@@ -225,7 +225,7 @@ def test_each_side_of_an_encoder_decoder_has_its_mask(lengths, tmp_path):
 
 def test_without_masks_every_row_of_both_sides_counts(tmp_path):
     batch = {"input_ids": torch.ones(2, 7).long(), "decoder_input_ids": torch.ones(2, 3).long()}
-    moments = prep.covariance(build(FAMILIES["T5"]), batches=[batch], store=tmp_path / "s", quiet=True).moments
+    moments = prep.covariance(tiny.model("T5"), batches=[batch], store=tmp_path / "s", quiet=True).moments
     assert moments["encoder.block.0.layer.0.SelfAttention.q"].count == 14
     assert moments["decoder.block.0.layer.1.EncDecAttention.k"].count == 14
     assert moments["decoder.block.0.layer.1.EncDecAttention.q"].count == 6
@@ -236,7 +236,7 @@ def test_without_masks_every_row_of_both_sides_counts(tmp_path):
 
 def test_the_counts_of_experts_are_those_of_real_tokens(tmp_path):
     """Each real token is routed to two of four experts; the model routes and computes as before afterwards."""
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
     with torch.no_grad():
         before, implementation = model(**batches[0]).logits, model.config._experts_implementation
     assert implementation != "eager"
@@ -253,7 +253,7 @@ def test_the_counts_of_experts_are_those_of_real_tokens(tmp_path):
 
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
 def test_output_moments_and_bases_of_experts(name, tmp_path):
-    model, batches = build(FAMILIES[name]), [without(batch, "labels") for batch in inputs(name, 4)]
+    model, batches = tiny.model(name), [without(batch, "labels") for batch in inputs(name, 4)]
     store = prep.covariance(model, batches=batches, store=tmp_path / "s", moment="output", quiet=True)
     singles = [without(batch, "attention_mask") for batch in (without(batch, "labels") for batch in inputs(name, 1))]
     routed = Routed(model, singles)
@@ -276,7 +276,7 @@ def expert_weights(model):
 
 def test_experts_in_several_passes(tmp_path):
     """A pass ends at its last site: with experts, when all experts of that module are done."""
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
     moments = {}
     for name, budget in (("one", 10**9), ("several", 20_000)):
         options = {"memory_budget": budget, "quiet": True}
@@ -288,7 +288,7 @@ def test_experts_in_several_passes(tmp_path):
 
 def test_experts_without_tokens_are_skipped(tmp_path):
     """One token is routed to two of eight experts in each block."""
-    model = build(FAMILIES["Qwen3-MoE"])
+    model = tiny.model("Qwen3-MoE")
     batch = {"input_ids": torch.tensor([[5]])}
     moments = prep.covariance(model, batches=[batch], store=tmp_path / "s", targets=["experts"], quiet=True).moments
     assert len(moments) == 2 * 2 * 2
@@ -301,7 +301,7 @@ def test_experts_without_tokens_are_skipped(tmp_path):
 
 
 def test_adapters_refuse_experts_by_name(tmp_path):
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
     prep.covariance(model, batches=batches, store=tmp_path / "s", quiet=True)
     prep.decompose(tmp_path / "s", model=model, rank=2, quiet=True)
     with pytest.raises(PrepError, match="with the other experts of MixtralExperts: leave them out") as error:
@@ -311,7 +311,7 @@ def test_adapters_refuse_experts_by_name(tmp_path):
 
 
 def test_targets_name_experts(tmp_path):
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
     options = {"batches": batches, "quiet": True}
     chosen = prep.covariance(model, targets=[r"experts\.1\.down_proj"], store=tmp_path / "a", **options).moments
     assert list(chosen) == [f"model.layers.{i}.mlp.experts.1.down_proj" for i in (0, 1)]

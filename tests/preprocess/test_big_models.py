@@ -18,7 +18,7 @@ import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from click.testing import CliRunner
-from families import FAMILIES, Routed, build, inputs, without
+from families import FAMILIES, Routed, inputs, without
 
 import prep
 from prep import PrepError
@@ -48,7 +48,7 @@ def made(tmp_path_factory):
 
     def model(name):
         if not (path / name).exists():
-            tiny.save(build(MODELS[name]), path / name, MODELS[name].side)
+            tiny.save(tiny.model(MODELS[name]), path / name, MODELS[name].side)
         return str(path / name)
 
     def store(name, **options):
@@ -230,7 +230,7 @@ def test_values_that_are_nowhere():
     with pytest.raises(PrepError, match=r"the weight \(2, 3\) of a Linear is on the meta device, without values"):
         weight_matrix(linear)
     with torch.device("meta"):
-        model = build(FAMILIES["Mixtral"])
+        model = tiny.model("Mixtral")
     assert not expert_layers(model)
     experts = {name: reason for name, reason in other_weights(model).items() if ".experts." in name}
     assert set(experts.values()) == {"a weight of MixtralExperts, which is packed or not in memory"}
@@ -243,7 +243,7 @@ def test_values_that_are_nowhere():
 @pytest.fixture(scope="module")
 def deep():
     with torch.device("meta"):
-        return build(DEEP)
+        return tiny.model(DEEP)
 
 
 def test_entries_that_contain_others_are_taken_apart(deep):
@@ -310,7 +310,7 @@ def test_refusals_that_depend_on_the_model(made, tmp_path):
 
 
 def test_an_incomplete_checkpoint_is_refused_with_a_device_map_too(tmp_path):
-    model = build(FAMILIES["Llama"])
+    model = tiny.model("Llama")
     del model.model.layers[1].mlp.up_proj.weight
     path = tiny.save(model, tmp_path / "model")
     with pytest.raises(PrepError, match=r"has no model.layers.1.mlp.up_proj.weight of the shape"):

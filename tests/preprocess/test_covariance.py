@@ -1,6 +1,8 @@
 """The calibration pass: moments against float64 sums over activations that other hooks kept, sites, padding, errors."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,10 @@ from prep.preprocess.numerics.accumulators import moments_of
 
 BATCHES = 52
 RUN = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2, "quiet": True}
-MODELS = {"llama": lambda: tiny.llama(770), "gpt2": tiny.gpt2, "phi": tiny.phi, "bert": tiny.bert}
+MODELS = {"llama": partial(tiny.llama, 770), "gpt2": partial(tiny.model, "GPT-2")}
+MODELS |= {"phi": partial(tiny.model, "Phi"), "bert": partial(tiny.model, "BERT")}
+
+ROBERTA = replace(tiny.FAMILIES["BERT"], kind="roberta")
 
 # the members of every site of the first block, in call order
 SITES = {
@@ -41,11 +46,6 @@ SITES = {
     ],
 }
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "phi": "model.layers", "bert": "bert.encoder.layer"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "text.jsonl", tiny.texts(300))
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -136,7 +136,7 @@ def test_sites(calibrated):
 
 def test_half_precision_models_keep_exact_output_moments(data, tmp_path):
     """In bfloat16 y itself has lost three digits; its moment is that of W x."""
-    directory = tiny.save(tiny.gpt2(), tmp_path / "model")
+    directory = tiny.save(tiny.model("GPT-2"), tmp_path / "model")
     store = prep.covariance(directory, data, store=tmp_path / "s", moment="output", dtype="bfloat16", **RUN)
     corpus = load_corpus(CorpusOptions(data, num_sequences=2 * BATCHES, seq_len=16), tiny.tokenizer())
     model = load(directory, torch.bfloat16)
@@ -171,27 +171,27 @@ def test_float32_stores_hold_the_rounded_moments(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "side"),
+    ("family", "side"),
     [
-        (tiny.llama, "left"),
-        (tiny.llama, "right"),
-        (tiny.gpt2, "left"),
-        (tiny.bert, "left"),
-        (tiny.bert, "right"),
-        (tiny.opt, "left"),
-        (tiny.roberta, "right"),
-        (tiny.t5, "right"),
-        (tiny.t5, "left"),
+        ("Llama", "left"),
+        ("Llama", "right"),
+        ("GPT-2", "left"),
+        ("BERT", "left"),
+        ("BERT", "right"),
+        ("OPT", "left"),
+        (ROBERTA, "right"),
+        ("T5", "right"),
+        ("T5", "left"),
     ],
-    ids=lambda value: getattr(value, "__name__", value),
+    ids=lambda value: getattr(value, "kind", value),
 )
-def test_padding_changes_nothing(make, side, tmp_path):
+def test_padding_changes_nothing(family, side, tmp_path):
     """Batches of 1, 4 and 9 pad the same sentences to different lengths; the oracle pads none."""
     sentences = tiny.texts(24, shortest=2, longest=15)
     data = tiny.write_data(tmp_path / "text.jsonl", sentences)
-    directory = tiny.save(make(), tmp_path / "model", side)
+    directory = tiny.save(tiny.model(family), tmp_path / "model", side)
     inputs = [torch.tensor([tiny.ids(text)]) for text in sentences]
-    keys = ["input_ids", "decoder_input_ids"] if make is tiny.t5 else ["input_ids"]
+    keys = ["input_ids", "decoder_input_ids"] if family == "T5" else ["input_ids"]
     x = tiny.Activations(load(directory), [dict.fromkeys(keys, ids) for ids in inputs])
     for size in (1, 4, 9):
         run = {"num_sequences": 24, "seq_len": 16, "batch_size": size, "pack": False, "quiet": True}
@@ -204,7 +204,7 @@ def test_padding_changes_nothing(make, side, tmp_path):
 
 def test_positions_that_begin_after_the_padding_token(data, tmp_path):
     """RoBERTa with 64 embedded positions takes 63 tokens when its padding token is 0."""
-    directory = tiny.save(tiny.roberta(), tmp_path / "model")
+    directory = tiny.save(tiny.model(ROBERTA), tmp_path / "model")
     run = {"num_sequences": 2, "quiet": True}
     assert prep.covariance(directory, data, store=tmp_path / "63", seq_len=63, **run).corpus["tokens"] == 126
     with pytest.raises(PrepError, match="sequences of 64 tokens, the model takes 63: use --seq-len 63"):

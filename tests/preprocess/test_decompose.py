@@ -23,11 +23,6 @@ RUN = {"num_sequences": 40, "seq_len": 16, "quiet": True}
 RANK = 12
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "text.jsonl", tiny.texts(120))
-
-
 def calibrate(make, data, path, **options):
     """A model directory, its weights as float64 (d_out, d_in), and the store of a calibration."""
     model = make()
@@ -46,7 +41,7 @@ def llama(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt2(data, tmp_path_factory):
-    return calibrate(tiny.gpt2, data, tmp_path_factory.mktemp("gpt2"))
+    return calibrate(lambda: tiny.model("GPT-2"), data, tmp_path_factory.mktemp("gpt2"))
 
 
 def decomposed(found, **options):

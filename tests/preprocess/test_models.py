@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from families import FAMILIES, SENTENCES, Routed, build, inputs, without
+from families import FAMILIES, SENTENCES, Routed, inputs, without
 
 import prep
 from prep.store.info import skipped_lines
@@ -37,7 +37,7 @@ class Row:
 def row(name: str) -> Row:
     """Calibrate, compare, decompose and train; AssertionError where the family does not do what the page says."""
     with TemporaryDirectory() as folder:
-        model, store = build(FAMILIES[name]), Path(folder) / "s"
+        model, store = tiny.model(name), Path(folder) / "s"
         calibrate(name, model, folder, store)
         found = prep.open_store(store).moments
         singles = [without(batch, "labels") for batch in inputs(name, 1)]
@@ -56,8 +56,8 @@ def row(name: str) -> Row:
             layer for layer in found if layer not in experts
         }
         prep.decompose(store, model=model, rank=4, quiet=True)
-        trains(name, build(FAMILIES[name]), store, with_prep)
-        trains(name, build(FAMILIES[name]), store, with_peft)
+        trains(name, tiny.model(name), store, with_prep)
+        trains(name, tiny.model(name), store, with_peft)
         lines = skipped_lines(found.skipped)
         return Row(type(model).__name__, len(found) - len(experts), len(found.sites), len(experts), lines)
 

@@ -20,12 +20,10 @@ from prep.units import blocks_as_text, parse_blocks, parse_seconds, parse_size
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A tiny Llama whose down_proj has three panels, its text, and the store of a single pass."""
-    home = tmp_path_factory.mktemp("plan")
-    model = tiny.save(tiny.llama(770), home / "model")
-    options = {"model": model, "data": tiny.write_data(home / "t.jsonl", tiny.texts(120)), "quiet": True}
-    options |= {"num_sequences": 24, "seq_len": 16, "batch_size": 4}
-    prep.covariance(store=home / "whole.zarr", **options)
-    return home, options
+    given = tiny.sources(tmp_path_factory.mktemp("plan"), tiny.llama(770), sentences=120)
+    options = {"model": given.model, "data": given.data, **tiny.RUN, "num_sequences": 24}
+    prep.covariance(store=given.path / "whole.zarr", **options)
+    return given.path, options
 
 
 def size(path: Path) -> int:

@@ -29,12 +29,12 @@ BATCHES = 5
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, text and the store of an uninterrupted run."""
-    path = tmp_path_factory.mktemp("made")
-    options = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2, "quiet": True, "checkpoint_every": 0.0}
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(80))
-    prep.covariance(model, data, store=path / "whole", **options)
-    return SimpleNamespace(path=path, model=model, data=data, options=options, whole=path / "whole")
+    made = tiny.sources(tmp_path_factory.mktemp("made"), sentences=80)
+    made.options = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
+    made.options |= {"quiet": True, "checkpoint_every": 0.0}
+    made.whole = made.path / "whole"
+    prep.covariance(made.model, made.data, store=made.whole, **made.options)
+    return made
 
 
 @pytest.fixture

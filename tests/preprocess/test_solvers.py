@@ -8,20 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import scipy.linalg
-from threadpoolctl import threadpool_limits
 
 from prep.preprocess.numerics import lapack, solvers
+
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 N, RANK = 160, 24
 RNG = np.random.default_rng(0)
 TURN = np.linalg.qr(RNG.standard_normal((N, N)))[0]
 NUMBERS = np.arange(1, N + 1.0)
-
-
-@pytest.fixture(autouse=True)
-def one_blas_thread():
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(autouse=True, params=["SciPy's routines", "NumPy, where those have other integers"])

@@ -6,20 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.linalg
-from threadpoolctl import threadpool_limits
 
 from prep import PrepError
 from prep.preprocess.numerics import randomized, whitening
 from prep.preprocess.numerics.methods import PUBLISHED, Method, basis_name, check
 from prep.preprocess.numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
 
-
-@pytest.fixture(autouse=True)
-def one_blas_thread():
-    """As the worker threads run it; small matrices on several threads only fight."""
-    with threadpool_limits(1):
-        yield
-
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 SHAPES = {"wide": (40, 96), "square": (64, 64), "tall": (96, 40)}
 TOKENS = 400

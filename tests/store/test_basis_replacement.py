@@ -8,7 +8,6 @@ import pytest
 import steps
 import tiny
 import torch
-from workers import one_thread  # noqa: F401
 
 from prep import StoreError
 from prep.preprocess.verify import verify

@@ -12,7 +12,7 @@ import tiny
 import torch
 import zarr
 from safetensors.torch import load_file, save_file
-from stores import RUN, everything, files, flip
+from stores import everything, files, flip
 
 import prep
 from prep import StoreError
@@ -29,14 +29,13 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model and two stores of it: full moments with two bases, and output moments."""
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "full", **RUN)
-    prep.decompose(path / "full", rank=4, quiet=True)
-    prep.decompose(path / "full", for_="antipasto", rank=4, dtype="bfloat16", quiet=True)
-    prep.covariance(model, data, store=path / "output", moment="output", moment_dtype="float32", **RUN)
-    return SimpleNamespace(path=path, model=model, data=data)
+    made = tiny.sources(tmp_path_factory.mktemp("made"))
+    prep.covariance(made.model, made.data, store=made.path / "full", **tiny.RUN)
+    prep.decompose(made.path / "full", rank=4, quiet=True)
+    prep.decompose(made.path / "full", for_="antipasto", rank=4, dtype="bfloat16", quiet=True)
+    options = {"moment": "output", "moment_dtype": "float32", **tiny.RUN}
+    prep.covariance(made.model, made.data, store=made.path / "output", **options)
+    return made
 
 
 @pytest.fixture
@@ -358,7 +357,7 @@ def test_infinite_values_are_refused(store):
 
 def test_a_basis_of_components_of_a_low_rank_input_is_whole(made, tmp_path):
     """EVA's S are standard deviations of the input: fewer tokens than channels end them in zeros, and that is right."""
-    run = {**RUN, "num_sequences": 1, "seq_len": 6, "batch_size": 1}
+    run = {**tiny.RUN, "num_sequences": 1, "seq_len": 6, "batch_size": 1}
     prep.covariance(made.model, made.data, store=tmp_path / "s", **run)
     basis = prep.decompose(tmp_path / "s", for_="eva", rank=24, quiet=True)
     assert min(float(one.S.min()) for one in basis.read().values()) == 0

@@ -36,7 +36,7 @@ def calibrate(model, path, sentences, **options):
 def made(tmp_path_factory):
     """Two texts of different lengths, each padded on its own and both together, for every moment kind."""
     path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(intermediate=80), path / "model")
+    model = tiny.save(tiny.llama(80), path / "model")
     short, long = tiny.texts(4, 3, 5, seed=1), tiny.texts(4, 9, 14, seed=2)
     stores = {}
     for kind in KINDS:
@@ -140,11 +140,11 @@ def test_what_is_no_store_is_not_replaced(made, tmp_path):
 
 def test_differences_are_named(made, tmp_path):
     path, sentences, options = made.path / "others", tiny.texts(8), {"seq_len": 8, "dtype": "float64"}
-    other = tiny.llama(intermediate=80)
+    other = tiny.llama(80)
     with torch.no_grad():
         other.get_submodule(DOWN).weight[0, 0] += 1
     weights = tiny.save(other, path / "weights")
-    wide = tiny.save(tiny.llama(intermediate=64), path / "wide")
+    wide = tiny.save(tiny.llama(64), path / "wide")
     cases = {
         "the weight_hash of model.layers.1.mlp.down_proj": calibrate(weights, path / "w", sentences, **options),
         "the model's config_hash": calibrate(wide, path / "c", sentences, **options),

@@ -8,9 +8,7 @@ import subprocess
 import pytest
 import steps
 import tiny
-import workers
 from torch import nn
-from workers import one_thread  # noqa: F401
 
 from prep import StoreError
 from prep.preprocess.verify import verify
@@ -36,7 +34,7 @@ def made(tmp_path_factory):
     """Two stores of one layer, `old` and `new`."""
     path = tmp_path_factory.mktemp("made")
     for name in ("old", "new"):
-        workers.write_store(path / name, nn.Sequential(nn.Linear(4, 3)), rank=2)
+        tiny.store(path / name, nn.Sequential(nn.Linear(4, 3)), rank=2)
     return path
 
 

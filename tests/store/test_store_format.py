@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from stores import write_moments
 
 import prep
 from prep.store import SiteData, create_store
@@ -32,7 +31,7 @@ def store(tmp_path):
     members = {LAYER: {"shape": [40, 700], "weight_hash": "", "weight_dtype": "float32"}}
     blocks = [torch.from_numpy(C[a:b, :b]) for a, b in panels(700)]
     data = SiteData("full", members, len(X), torch.from_numpy(X.mean(0)), second_moment=blocks)
-    write_moments(root, {LAYER: data})
+    tiny.write_moments(root, {LAYER: data})
     U, S, Vt = np.linalg.svd(W, full_matrices=False)
     writer = prep.store.BasisWriter.create(
         root,

@@ -9,12 +9,10 @@ import fsspec
 import pytest
 import steps
 import tiny
-import workers
 from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 from stores import files, flip
 from torch import nn
-from workers import one_thread  # noqa: F401
 
 from prep import StoreError
 from prep.cli import main
@@ -30,8 +28,8 @@ from prep.store.transfer import pull, push
 def made(tmp_path_factory):
     """Two stores of one layer, `old` and `new`, with bases of different names."""
     path = tmp_path_factory.mktemp("made")
-    workers.write_store(path / "old", nn.Sequential(nn.Linear(4, 3)), ("full", "eva"), rank=2)
-    workers.write_store(path / "new", nn.Sequential(nn.Linear(4, 3)), ("full", "identity"), rank=2)
+    tiny.store(path / "old", nn.Sequential(nn.Linear(4, 3)), ("full", "eva"), rank=2)
+    tiny.store(path / "new", nn.Sequential(nn.Linear(4, 3)), ("full", "identity"), rank=2)
     return path
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import tiny
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import GIGABYTE, RUN, bounded, everything
+from stores import GIGABYTE, bounded, everything
 
 import prep
 from prep import PrepError, StoreError
@@ -23,21 +22,6 @@ from prep.store.pool import pool
 from prep.store.transfer import pull
 
 SITE = "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "s", layers="1", **RUN)
-    prep.decompose(path / "s", rank=4, quiet=True)
-    return path / "s"
-
-
-@pytest.fixture
-def store(source, tmp_path):
-    return shutil.copytree(source, tmp_path / "s.zarr")
 
 
 def documents(path):

@@ -36,14 +36,12 @@ def run(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Model, data and a store with the bases that the benchmarks read."""
-    path = tmp_path_factory.mktemp("benchmarks")
-    model = tiny.save(tiny.llama(80), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(120))
-    store = path / "s.zarr"
-    prep.covariance(model, data, store=store, num_sequences=40, seq_len=16, moment="full", quiet=True)
+    given = tiny.sources(tmp_path_factory.mktemp("benchmarks"), tiny.llama(80), sentences=120)
+    store = given.path / "s.zarr"
+    prep.covariance(given.model, given.data, store=store, num_sequences=40, seq_len=16, moment="full", quiet=True)
     for metric in ("full", "identity"):
         prep.decompose(store, metric=metric, rank=8, quiet=True)
-    return {"model": model, "data": data, "store": store}
+    return {"model": given.model, "data": given.data, "store": store}
 
 
 def test_scaling(run, tmp_path):

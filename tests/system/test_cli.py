@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -32,14 +31,11 @@ DOWN = "model.layers.1.mlp.down_proj"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, text, a complete store with a basis, and stores of other moment kinds."""
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    run = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
+    made = tiny.sources(tmp_path_factory.mktemp("made"))
     for moment in ("full", "diagonal", "output"):
-        prep.covariance(model, data, store=path / moment, moment=moment, **run)
-    prep.decompose(path / "full", rank=4, quiet=True)
-    return SimpleNamespace(path=path, model=model, data=data)
+        prep.covariance(made.model, made.data, store=made.path / moment, moment=moment, **tiny.RUN)
+    prep.decompose(made.path / "full", rank=4, quiet=True)
+    return made
 
 
 @pytest.fixture
@@ -326,7 +322,7 @@ def test_another_run_is_refused_with_its_differences(made, here):
     ):
         assert difference in line
     assert line.endswith("name another --store, or replace it with --overwrite")
-    other = tiny.save(tiny.gpt2(), here / "gpt2")
+    other = tiny.save(tiny.model("GPT-2"), here / "gpt2")
     assert f"model id: '{made.model}' there, '{other}' asked for" in refused(*covariance(made, model=other))
 
 
@@ -400,18 +396,6 @@ def test_too_little_room_is_seen_before_anything_is_written(made, here, monkeypa
     assert not Path("new.zarr").exists()
     refused(*covariance(made, "--moment", "diagonal", "--overwrite"))
     assert "free: make room" in refused("decompose", "--for", "pissa")
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 4 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("mounting needs root")
-    yield path
-    subprocess.run(["umount", path], check=True)
 
 
 @pytest.mark.parametrize("free", [0, 8, 40, 100])

@@ -58,13 +58,11 @@ def test_products_are_exact_and_settings_come_back(setting):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    options = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
-    options |= {"data": tiny.write_data(path / "text.jsonl", tiny.texts(60)), "moment": "auto"}
-    prep.covariance(model, store=path / "s", **options)
-    prep.decompose(path / "s", for_="pissa", rank=4, quiet=True)
-    return path, model, options
+    made = tiny.sources(tmp_path_factory.mktemp("made"))
+    options = {"data": made.data, "moment": "auto", **tiny.RUN}
+    prep.covariance(made.model, store=made.path / "s", **options)
+    prep.decompose(made.path / "s", for_="pissa", rank=4, quiet=True)
+    return made.path, made.model, options
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

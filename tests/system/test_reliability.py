@@ -4,7 +4,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import time
 from types import SimpleNamespace
 
@@ -27,10 +26,9 @@ PAUSE = 0.05  # seconds after every batch and layer, so that there is time to be
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, text, and the stores of runs that nothing interrupted; how long the commands take with their pauses."""
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(200))
-    options = {"model": model, "data": data, "num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
+    given = tiny.sources(tmp_path_factory.mktemp("made"), sentences=200)
+    path = given.path
+    options = {"model": given.model, "data": given.data, "num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
     # two passes, and a checkpoint after every few batches
     options |= {"checkpoint_every": 0.02, "memory_budget": 60_000, "quiet": False}
     seconds = {}
@@ -213,17 +211,6 @@ def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
 
 
 # Full disks
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 4 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted")
-    yield path
-    subprocess.run(["umount", path], check=True)
 
 
 @pytest.mark.stress
