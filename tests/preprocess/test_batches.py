@@ -154,7 +154,7 @@ def test_several_passes_need_batches_that_can_be_read_again(net, tmp_path):
     assert store.corpus["batches"] == 4
     for layer in once:
         assert torch.equal(once[layer].second_moment, store.moments[layer].second_moment)
-    with pytest.raises(PrepError, match="3 passes are needed and an iterator gives its batches once: give batches= as"):
+    with pytest.raises(PrepError, match="3 passes are needed"):
         prep.covariance(net, batches=iter(IDS), store=tmp_path / "c", **options)
     assert not (tmp_path / "c").exists()
 
@@ -162,7 +162,7 @@ def test_several_passes_need_batches_that_can_be_read_again(net, tmp_path):
 def test_moments_of_batches_are_replaced_only_when_asked(net, tmp_path):
     options = {"batches": IDS, "store": tmp_path / "s", "quiet": True}
     prep.covariance(net, **options)
-    with pytest.raises(PrepError, match=r"holds moments, and batches cannot be compared with theirs: .*overwrite=True"):
+    with pytest.raises(PrepError, match="cannot be compared"):
         prep.covariance(net, **options)
     assert prep.covariance(net, overwrite=True, **options).status == "complete"
 
@@ -170,21 +170,21 @@ def test_moments_of_batches_are_replaced_only_when_asked(net, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "x.jsonl"}, "data= needs the tokenizer of a path or hub id"),
-        ({"data": "x.jsonl", "batches": IDS}, "give either data=, or batches="),
-        ({}, "give either data=, or batches="),
-        ({"batches": []}, "batches= is empty: give at least one batch"),
-        ({"batches": IDS, "dtype": "bfloat16"}, "dtype= is for loading a path or hub id: prepare the module itself"),
+        ({"data": "x.jsonl"}, "tokenizer"),
+        ({"data": "x.jsonl", "batches": IDS}, "either data="),
+        ({}, "either data="),
+        ({"batches": []}, "is empty"),
+        ({"batches": IDS, "dtype": "bfloat16"}, "dtype="),
         (
             {"batches": IDS, "mask": lambda batch: [1]},
-            "the attention_mask is list: give mask=, a function from a batch",
+            "attention_mask is list",
         ),
         (
             {"batches": [{"ids": IDS[0], "attention_mask": torch.ones(3, 1, 5, 5)}]},
-            r"has the shape \(3, 1, 5, 5\): give",
+            "has the shape",
         ),
-        ({"batches": IDS, "mask": torch.zeros_like}, "no token reached first: use more data"),
-        ({"batches": IDS, "targets": ["embed"]}, "matches embed, a Embedding, which is not a linear layer"),
+        ({"batches": IDS, "mask": torch.zeros_like}, "no token reached first"),
+        ({"batches": IDS, "targets": ["embed"]}, "Embedding"),
     ],
 )
 def test_what_cannot_be_calibrated_says_so(net, options, message, tmp_path):
@@ -194,7 +194,7 @@ def test_what_cannot_be_calibrated_says_so(net, options, message, tmp_path):
 
 
 def test_a_mask_belongs_to_batches(tmp_path):
-    with pytest.raises(PrepError, match="mask= belongs to batches="):
+    with pytest.raises(PrepError, match="mask="):
         prep.covariance("model", "x.jsonl", mask=real, store=tmp_path / "s")
 
 
@@ -351,7 +351,7 @@ def test_names_that_a_store_cannot_keep_are_refused_before_the_pass(name, tmp_pa
         def forward(self, x):
             return self._modules[name](x)
 
-    with pytest.raises(StoreError, match="cannot name a layer in a store") as refused:
+    with pytest.raises(StoreError, match="cannot name a layer") as refused:
         prep.covariance(Named(), batches=[torch.ones(2, 4)], store=tmp_path / "s", quiet=True)
     assert len(str(refused.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
 

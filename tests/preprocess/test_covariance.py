@@ -207,7 +207,7 @@ def test_positions_that_begin_after_the_padding_token(data, tmp_path):
     directory = tiny.save(tiny.model(ROBERTA), tmp_path / "model")
     run = {"num_sequences": 2, "quiet": True}
     assert prep.covariance(directory, data, store=tmp_path / "63", seq_len=63, **run).corpus["tokens"] == 126
-    with pytest.raises(PrepError, match="sequences of 64 tokens, the model takes 63: use --seq-len 63"):
+    with pytest.raises(PrepError, match="takes 63"):
         prep.covariance(directory, data, store=tmp_path / "64", seq_len=64, **run)
 
 
@@ -343,11 +343,11 @@ def test_padding_may_hold_anything(strange):
 def test_target_layers_names_what_is_wrong():
     model = tiny.llama()
     wrong: list[tuple[dict, str]] = [
-        ({"targets": ["nope"]}, "no layer matches --targets 'nope': LlamaForCausalLM has the linear layers model.lay"),
-        ({"targets": ["norm$"]}, "matches model.norm, a LlamaRMSNorm, which is not a linear layer"),
-        ({"targets": ["("]}, "'\\(' is not a regular expression"),
-        ({"layers": "7"}, "--layers 7 names block 7: the model has 2 blocks, 0 to 1"),
-        ({"layers": "1-"}, "--layers '1-' is not a list of block numbers"),
+        ({"targets": ["nope"]}, "no layer matches"),
+        ({"targets": ["norm$"]}, "LlamaRMSNorm"),
+        ({"targets": ["("]}, "regular expression"),
+        ({"layers": "7"}, "block 7"),
+        ({"layers": "1-"}, "list of block numbers"),
         ({"exclude": ["."]}, "no linear layer is left"),
     ]
     for options, message in wrong:
@@ -393,7 +393,7 @@ def test_a_failed_pass_leaves_what_was_there(data, tmp_path):
         bad.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     good, bad = tiny.save(good, tmp_path / "good"), tiny.save(bad, tmp_path / "bad")
     run = {"store": tmp_path / "s", **RUN, "num_sequences": 8}
-    with pytest.raises(PrepError, match=r"input of model\.layers\.1\.mlp\.down_proj is NaN or infinite in batch 0"):
+    with pytest.raises(PrepError, match="down_proj is NaN or infinite"):
         prep.covariance(bad, data, **run)
     assert not (tmp_path / "s").exists()
     prep.covariance(good, data, **run)
@@ -415,7 +415,7 @@ def test_a_store_of_bases_gains_moments_and_keeps_its_bases(data, tmp_path):
 
 def test_options_are_checked_before_anything_is_read(tmp_path):
     for options in ({"moment": "ful"}, {"moment_dtype": "float16"}, {"dtype": "int8"}):
-        with pytest.raises(PrepError, match=r"does not exist: take one of .*float|full"):
+        with pytest.raises(PrepError, match="does not exist"):
             prep.covariance("nowhere", "nothing", store=tmp_path / "s", **options)
 
 

@@ -234,9 +234,6 @@ def test_a_moment_that_cannot_serve_is_refused_by_layer_and_command(data, tmp_pa
     for moment in ("diagonal", "output"):
         (tmp_path / moment).mkdir()
         kinds[moment] = calibrate(tiny.llama, data, tmp_path / moment, moment=moment)
-    help_ = (
-        r"^model\.layers\.0\.self_attn\.q_proj: .* run `prep covariance --moment full` into another --store, or with"
-    )
     for moment, options in [
         ("diagonal", {}),
         ("diagonal", {"for_": "eva"}),
@@ -246,7 +243,7 @@ def test_a_moment_that_cannot_serve_is_refused_by_layer_and_command(data, tmp_pa
         ("output", {"solver": "svd"}),
     ]:
         before = tiny.contents(kinds[moment].path)
-        with pytest.raises(StoreError, match=help_):
+        with pytest.raises(StoreError, match="--moment full"):
             decomposed(kinds[moment], **options)
         assert tiny.contents(kinds[moment].path) == before
     for moment, method in [
@@ -270,7 +267,7 @@ def test_identity_needs_no_covariance(llama, tmp_path):
     for layer in found:
         check_layer(found[layer], llama.W[layer], np.eye(llama.W[layer].shape[1]), None, "top")
         assert torch.equal(found[layer].P, calibrated[layer].P)
-    with pytest.raises(StoreError, match=r"holds no moments: metric full needs moments: run `prep covariance`"):
+    with pytest.raises(StoreError, match="holds no moments"):
         prep.decompose(tmp_path / "new.zarr", quiet=True)
     with pytest.raises(StoreError, match=r"holds no moments"):
         _ = store.moments
@@ -279,15 +276,15 @@ def test_identity_needs_no_covariance(llama, tmp_path):
 def test_a_store_of_bases_is_of_one_model(llama, gpt2, tmp_path):
     prep.decompose(tmp_path / "s", model=llama.model, metric="identity", rank=2, quiet=True)
     before = tiny.contents(tmp_path / "s")
-    with pytest.raises(PrepError, match=r"is of another model .*name another --store"):
+    with pytest.raises(PrepError, match="another model"):
         prep.decompose(tmp_path / "s", model=gpt2.model, metric="identity", rank=2, name="other", quiet=True)
     assert tiny.contents(tmp_path / "s") == before
 
 
 def test_what_needs_a_store_says_so(llama, tmp_path):
-    with pytest.raises(StoreError, match=r"no store at .*: run `prep covariance --model X --data Y` first$"):
+    with pytest.raises(StoreError, match="no store at"):
         prep.decompose(tmp_path / "none", quiet=True)
-    with pytest.raises(StoreError, match=r"or name the --model \(metric identity needs no covariance\)"):
+    with pytest.raises(StoreError, match="or name the --model"):
         prep.decompose(tmp_path / "none", metric="identity", quiet=True)
     with pytest.raises(StoreError, match="no store at"):
         prep.decompose(tmp_path / "none", model=llama.model, for_="antipasto", quiet=True)
@@ -300,11 +297,9 @@ def test_what_needs_a_store_says_so(llama, tmp_path):
 def test_another_model_is_refused(llama, gpt2, tmp_path):
     before = tiny.contents(llama.path)
     other = tiny.save(tiny.llama(96), tmp_path / "wider")
-    with pytest.raises(
-        PrepError, match=r"mlp\.gate_proj is 96 x 32 in the model and 80 x 32 in the store: give the --m"
-    ):
+    with pytest.raises(PrepError, match="96 x 32"):
         decomposed(llama, name="other", model=other)
-    with pytest.raises(PrepError, match=r"the model has no layer model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(PrepError, match="has no layer"):
         decomposed(llama, name="other", model=gpt2.model)
     assert tiny.contents(llama.path) == before
 
@@ -315,7 +310,7 @@ def test_output_moments_belong_to_their_weights(data, tmp_path):
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     changed = tiny.save(changed, tmp_path / "changed")
-    with pytest.raises(PrepError, match=r"layers\.0\.mlp\.up_proj has an output moment of other weights"):
+    with pytest.raises(PrepError, match="output moment of other weights"):
         decomposed(found, model=changed)
 
 
@@ -325,10 +320,10 @@ def test_weights_that_are_not_finite_begin_no_basis(llama, tmp_path):
         model.model.layers[1].self_attn.o_proj.weight[3, 3] = float("inf")
     bad = tiny.save(model, tmp_path / "bad")
     before = tiny.contents(llama.path)
-    with pytest.raises(PrepError, match=r"^model\.layers\.1\.self_attn\.o_proj: the weight holds NaN or Inf"):
+    with pytest.raises(PrepError, match=r"o_proj: the weight holds NaN"):
         decomposed(llama, model=bad, name="bad")
     assert tiny.contents(llama.path) == before
-    with pytest.raises(PrepError, match="the weight holds NaN or Inf"):
+    with pytest.raises(PrepError, match="NaN"):
         prep.decompose(tmp_path / "none", model=bad, metric="identity", quiet=True)
     assert not (tmp_path / "none").exists()
 
@@ -339,11 +334,9 @@ def test_a_basis_is_made_once_and_replaced_only_when_asked(llama, capsys):
     same = prep.decompose(llama.path, name="once", rank=4)
     assert "basis 'once' is complete and was made with the same options: nothing to do" in capsys.readouterr().err
     assert same.status == "complete"
-    with pytest.raises(
-        StoreError, match=r"'once' with other options \(power: 0.5 there, 1 asked for; rank: 4 there, 6 as"
-    ):
+    with pytest.raises(StoreError, match=r"power: .* there, .*rank: 4 there"):
         decomposed(llama, name="once", rank=6, power=1)
-    with pytest.raises(StoreError, match=r"dtype: 'float32' there, 'bfloat16' asked for.*--name, or .*--overwrite"):
+    with pytest.raises(StoreError, match="dtype: 'float32' there"):
         decomposed(llama, name="once", rank=4, dtype="bfloat16")
     assert tiny.contents(llama.path) == before
     names = list(prep.open_store(llama.path).bases)
@@ -357,12 +350,12 @@ def test_a_basis_is_made_once_and_replaced_only_when_asked(llama, capsys):
 
 def test_options_are_checked_first(llama):
     wrong: list[tuple[dict, str]] = [
-        ({"dtype": "float64"}, "--dtype 'float64' does not exist: take one of float32, bfloat16, float16"),
-        ({"name": "../up"}, "--name '../up' cannot name a basis"),
-        ({"rank": 0}, "rank 0 is too small"),
-        ({"power": -1}, "power -1 is not allowed"),
-        ({"for_": "nope"}, "--for 'nope' does not exist: take one of pissa, "),
-        ({"metric": "identity", "center": True}, "center has no effect"),
+        ({"dtype": "float64"}, "--dtype 'float64'"),
+        ({"name": "../up"}, "cannot name a basis"),
+        ({"rank": 0}, "rank 0"),
+        ({"power": -1}, "power -1"),
+        ({"for_": "nope"}, "--for 'nope'"),
+        ({"metric": "identity", "center": True}, "center"),
     ]
     for options, message in wrong:
         with pytest.raises(PrepError, match=message):
@@ -485,10 +478,10 @@ def test_workers_are_as_many_as_the_memory_has_room_for(llama, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("pissa", {"metric": "full"}, "pissa has the metric identity, not full: leave out --metric"),
-        ("milora", {"select": "top"}, "milora has the select bottom, not top: leave out --select"),
-        ("corda_ipm", {"power": 0.5}, "corda_ipm has the power 1, not 0.5: leave out --power"),
-        ("whitened", {"center": True}, "whitened has the center False, not True: leave out --center"),
+        ("pissa", {"metric": "full"}, "--metric"),
+        ("milora", {"select": "top"}, "--select"),
+        ("corda_ipm", {"power": 0.5}, "--power"),
+        ("whitened", {"center": True}, "--center"),
     ],
 )
 def test_an_option_that_makes_a_published_method_another_one(llama, tmp_path, name, options, message):

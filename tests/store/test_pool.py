@@ -122,7 +122,7 @@ def test_the_same_pool_is_not_made_twice(made, tmp_path):
     before = tiny.contents(tmp_path / "c")
     pool([one.a, one.b], store=tmp_path / "c")
     assert tiny.contents(tmp_path / "c") == before
-    with pytest.raises(StoreError, match="holds something else: name another --store, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="holds something else"):
         pool([one.a, one.b], store=tmp_path / "c", weights=[1, 3])
     assert tiny.contents(tmp_path / "c") == before
     pool([one.a, one.b], store=tmp_path / "c", weights=[1, 3], overwrite=True)
@@ -155,7 +155,7 @@ def test_differences_are_named(made, tmp_path):
         "the moment kind of": made.diagonal.b,
     }
     for difference, part in cases.items():
-        with pytest.raises(StoreError, match=rf"differ in {difference}.*cannot be pooled"):
+        with pytest.raises(StoreError, match=f"differ in {difference}"):
             pool([made.full.a, part], store=tmp_path / "c")
         assert not (tmp_path / "c").exists()
 
@@ -164,10 +164,10 @@ def test_bad_input(made, tmp_path):
     one, target = made.full, tmp_path / "c"
     copy = shutil.copytree(one.a, tmp_path / "a")
     for arguments, message in [
-        (([one.a],), "1 store to pool: name two or more"),
-        (([one.a, one.b], [1.0]), "--weights 1: give 2 positive numbers"),
-        (([one.a, one.b], [1.0, -1.0]), "--weights 1,-1: give 2 positive numbers"),
-        (([one.a, one.b], [1.0, float("inf")]), "give 2 positive numbers"),
+        (([one.a],), "name two or more"),
+        (([one.a, one.b], [1.0]), "--weights 1:"),
+        (([one.a, one.b], [1.0, -1.0]), "--weights 1,-1"),
+        (([one.a, one.b], [1.0, float("inf")]), "positive numbers"),
         (([one.a, tmp_path / "absent"],), "no store at"),
     ]:
         with pytest.raises(PrepError, match=message):
@@ -190,7 +190,7 @@ def test_a_part_is_not_emptied_however_it_is_spelled(made, tmp_path):
     with contextlib.chdir(tmp_path):
         for store in [*spelled("a.zarr"), "a.zarr/moments", "."]:
             for parts in (["a.zarr", made.full.b], [made.full.b, copy]):
-                with pytest.raises(PrepError, match=r"is one of the parts, or lies in .*: name a new one"):
+                with pytest.raises(PrepError, match="is one of the parts"):
                     pool(parts, store=store, overwrite=True)
         with pytest.raises(PrepError, match="pool into a path"):
             pool(["a.zarr", made.full.b], store="memory://pooled")
@@ -212,7 +212,7 @@ def test_what_another_process_completed_meanwhile_is_kept(made, tmp_path, monkey
         return lock
 
     monkeypatch.setattr(pool_module, "writer_lock", late(one.whole))
-    with pytest.raises(StoreError, match="holds something else: name another --store, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="holds something else"):
         pool([one.a, one.b], store=store)
     assert tiny.contents(store) == tiny.contents(one.whole)
     shutil.rmtree(store)

@@ -216,13 +216,13 @@ def test_pull_from_the_web_needs_no_listing(made, web, tmp_path):
 
 
 def test_what_is_there_is_kept_unless_asked(made, shelf, tmp_path):
-    with pytest.raises(StoreError, match="holds something already: name another URL, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="holds something already"):
         push(made.store, shelf.url)
     push(made.store, shelf.url, overwrite=True)
     assert verify(shelf.url).findings == []
     target = shutil.copytree(made.store, tmp_path / "s")
     before = everything(target)
-    with pytest.raises(StoreError, match="exists already: name another --store, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="exists already"):
         pull(shelf.url, target)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("x")
