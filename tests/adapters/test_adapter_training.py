@@ -46,14 +46,14 @@ def test_two_processes_train_as_one(two_processes, store, tmp_path, setup):
         train(model, adapter, tokens(rows=4))
         prep.save(model, tmp_path / "end.safetensors")
         expected = cores_of(tmp_path / "end.safetensors")
-    found = cores_of(two_processes / f"{setup}-2.safetensors")
-    assert found.keys() == expected.keys()
+    trained = cores_of(two_processes / f"{setup}-2.safetensors")
+    assert trained.keys() == expected.keys()
     tolerance = 2e-2 if setup == "fsdp-bf16" else 1e-5
     for key in expected:
-        assert found[key].dtype == torch.float32
+        assert trained[key].dtype == torch.float32
         moved = (expected[key] - start[key]).norm()
         assert moved > 0
-        assert (found[key] - expected[key]).norm() <= tolerance * moved + 1e-7 * start[key].norm(), key
+        assert (trained[key] - expected[key]).norm() <= tolerance * moved + 1e-7 * start[key].norm(), key
     fresh = tiny.llama()
     prep.load(fresh, two_processes / f"{setup}-2.safetensors")
 

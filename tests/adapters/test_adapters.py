@@ -129,8 +129,8 @@ def test_gradient_checkpointing_uses_the_coefficient_of_the_forward(store, name,
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     expected = contrastive_gradients(model, adapter, lambda x: model(x).logits)
     enable({"use_reentrant": reentrant})
-    found = contrastive_gradients(model, adapter, lambda x: model(x).logits)
-    for one, other in zip(found, expected, strict=True):
+    gradients = contrastive_gradients(model, adapter, lambda x: model(x).logits)
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * expected[0].abs().max().item())
     wrong = contrastive_gradients(model, adapter, lambda x: model(x).logits * 1.01)
     assert not all(torch.allclose(one, other, rtol=1e-3) for one, other in zip(wrong, expected, strict=True))
@@ -319,7 +319,7 @@ def test_merging_is_all_or_nothing(store, how):
             nn.utils.weight_norm(base)
     before = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
     if how in ("weight_norm", "spectral_norm"):  # their weight is made anew at every look
-        before = {name: found for name, found in before.items() if "down_proj" not in name}
+        before = {name: ids for name, ids in before.items() if "down_proj" not in name}
     with pytest.raises(prep.PrepError, match=r"down_proj.*, a .*Linear, "):
         prep.merge(model)
     after = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}

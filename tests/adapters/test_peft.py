@@ -71,13 +71,13 @@ def apart(one, other):
 
 def adapted(model, adapter="default"):
     """layer -> (B A scaling, base weight) in float64."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
             W = torch.from_numpy(tiny.weight(module.get_base_layer()))
-            found[name.removeprefix("base_model.model.")] = (B @ A * module.scaling[adapter]).detach(), W
-    return found
+            layers[name.removeprefix("base_model.model.")] = (B @ A * module.scaling[adapter]).detach(), W
+    return layers
 
 
 def batches(home):
@@ -162,8 +162,8 @@ def test_every_residual_init_is_the_svd_of_its_metric(home, store):
     weights = {name: tiny.weight(module) for name, module in load(home).named_modules() if tiny.is_linear(module)}
     for init in RESIDUAL:
         method = PUBLISHED[init]
-        found = adapted(prep.peft.get_model(load(home), store, init, r=RANK, lora_alpha=RANK))
-        for layer, (change, _) in found.items():
+        changes = adapted(prep.peft.get_model(load(home), store, init, r=RANK, lora_alpha=RANK))
+        for layer, (change, _) in changes.items():
             W, C = weights[layer], seen[layer].T @ seen[layer] / len(seen[layer])
             C = C + 1e-3 * np.diag(C).mean() * np.eye(len(C))
             M = {"identity": np.eye(len(C)), "diagonal": np.diag(np.diag(C) ** method.power)}.get(method.metric)
@@ -323,8 +323,8 @@ def test_eva_redistributes_ranks_as_peft_does(home, store, pattern):
     (batch,) = batches(home)
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": pattern, "target_modules": "all-linear"}
     theirs = get_peft_model(load(home), LoraConfig(**config, init_lora_weights="eva", eva_config=EvaConfig(tau=0.9)))
-    found = get_eva_state_dict(theirs, [batch], show_progress_bar=False)
-    wanted = {name.removeprefix("base_model.model."): len(rows) for name, rows in found.items()}
+    components = get_eva_state_dict(theirs, [batch], show_progress_bar=False)
+    wanted = {name.removeprefix("base_model.model."): len(rows) for name, rows in components.items()}
     ours = prep.peft.get_model(load(home), store, "eva", **config)
     ranks = {layer: len(rows_of(ours, layer)) for layer in adapted(ours)}
     assert len(set(ranks.values())) > 2

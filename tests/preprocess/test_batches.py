@@ -397,12 +397,12 @@ def test_very_small_and_large_activations(scale, moment, tmp_path):
     X = torch.cat(batches).double().numpy()
     batches[1:1] = [torch.zeros(5, 8)]
     store = prep.covariance(net, batches=batches, store=tmp_path / "s", moment=moment, quiet=True)
-    found, share = store.moments["0"], len(X) / (len(X) + 5)
-    assert tiny.relative(found.diagonal, share * np.diagonal(gram(X))) < 1e-6
+    stored, share = store.moments["0"], len(X) / (len(X) + 5)
+    assert tiny.relative(stored.diagonal, share * np.diagonal(gram(X))) < 1e-6
     if moment == "full":
-        assert tiny.relative(found.second_moment, share * gram(X)) < 1e-6
+        assert tiny.relative(stored.second_moment, share * gram(X)) < 1e-6
     if moment == "output":
-        assert tiny.relative(found.output, share * gram(X @ tiny.weight(net[0]).T)) < 1e-5
+        assert tiny.relative(stored.output, share * gram(X @ tiny.weight(net[0]).T)) < 1e-5
 
 
 class Doubling(nn.Module):

@@ -292,12 +292,12 @@ def run(strange, kind="full", batches=None):
 
 def test_sites_are_told_apart_by_tensor_and_version(strange):
     assert [site.members for site in strange.sites] == [("early", "twin"), ("late",), ("twice",)]
-    found = run(strange)
+    sums = run(strange)
     X = strange.x.reshape(-1, 6).double().numpy()
     both = np.concatenate([2 * (X + 1), 3 * (X + 1)])
     for site, wanted in (("early", X), ("late", X + 1), ("twice", both)):
-        assert found[site].count == len(wanted)
-        assert tiny.relative(found[site].second_moment[0], gram(wanted)) < 1e-6
+        assert sums[site].count == len(wanted)
+        assert tiny.relative(sums[site].second_moment[0], gram(wanted)) < 1e-6
     Y = (X + 1) @ tiny.weight(strange.model.late).T
     assert tiny.relative(run(strange, "output")["late"].outputs["late"][0], gram(Y)) < 1e-6
 
@@ -319,12 +319,12 @@ def test_activations_that_are_not_finite_are_named_by_site_and_batch(strange, va
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 def test_sums_that_overflow_are_right_or_an_error(strange, kind):
     x = strange.x * 1e25
-    found = run(strange, kind, [{"input_ids": x}])["early"]
+    early = run(strange, kind, [{"input_ids": x}])["early"]
     wanted = gram(x.reshape(-1, 6).double().numpy())
     if kind == "full":
-        assert tiny.relative(found.second_moment[0], wanted) < 1e-6
+        assert tiny.relative(early.second_moment[0], wanted) < 1e-6
     else:
-        assert tiny.relative(found.diagonal, np.diagonal(wanted)) < 1e-6
+        assert tiny.relative(early.diagonal, np.diagonal(wanted)) < 1e-6
     x = strange.x.clone()
     x[::2, :, 0], x[1::2, :, 0] = 1e25, -1e25  # which their sum does not show
     with pytest.raises(PrepError, match=r"second moment of early overflows float32: .*--dtype float64"):
@@ -334,10 +334,10 @@ def test_sums_that_overflow_are_right_or_an_error(strange, kind):
 def test_padding_may_hold_anything(strange):
     x, mask = strange.x.clone(), torch.ones(4, 5, dtype=torch.long)
     x[1, 3:], mask[1, 3:] = float("nan"), 0
-    found = run(strange, batches=[{"input_ids": x, "attention_mask": mask}])
+    sums = run(strange, batches=[{"input_ids": x, "attention_mask": mask}])
     real = strange.x[mask.bool()].double().numpy()
-    assert found["early"].count == 18
-    assert tiny.relative(found["early"].second_moment[0], gram(real)) < 1e-6
+    assert sums["early"].count == 18
+    assert tiny.relative(sums["early"].second_moment[0], gram(real)) < 1e-6
 
 
 def test_target_layers_names_what_is_wrong():
@@ -423,9 +423,9 @@ def test_options_are_checked_before_anything_is_read(tmp_path):
 def test_outputs_of_any_size_are_summed_right(strange, scale):
     """Inputs of ordinary size and a weight that is not."""
     strange.model.early.weight.data *= scale
-    found = run(strange, "output")["early"].outputs["early"][0]
+    stored = run(strange, "output")["early"].outputs["early"][0]
     Y = strange.x.reshape(-1, 6).double().numpy() @ tiny.weight(strange.model.early).T
-    assert tiny.relative(found, gram(Y)) < 1e-6
+    assert tiny.relative(stored, gram(Y)) < 1e-6
 
 
 def test_outputs_that_are_not_finite_are_named(strange):

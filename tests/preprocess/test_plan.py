@@ -67,14 +67,15 @@ def test_every_pass_is_within_the_budget():
 
 def test_a_dry_run_predicts_and_stores_nothing(job, tmp_path):
     home, options = job
-    found = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    estimate = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
     assert list(tmp_path.iterdir()) == []
     moments = prep.open_store(home / "whole.zarr").moments
-    assert (found.layers, found.sites, found.tokens, found.passes) == (len(moments), len(moments.sites), 24 * 16, 1)
+    assert (estimate.layers, estimate.sites) == (len(moments), len(moments.sites))
+    assert (estimate.tokens, estimate.passes) == (24 * 16, 1)
     chunks = sum(file.stat().st_size for file in (home / "whole.zarr").rglob("*") if file.name != "zarr.json")
-    assert found.disk == pytest.approx(chunks, rel=0.1)
-    assert found.accumulators == found.disk
-    assert found.seconds > 0
+    assert estimate.disk == pytest.approx(chunks, rel=0.1)
+    assert estimate.accumulators == estimate.disk
+    assert estimate.seconds > 0
 
 
 def test_the_command_prints_the_estimate(job, tmp_path):

@@ -209,8 +209,8 @@ def test_an_interrupted_overwrite_of_a_basis_is_resumed_and_harms_nothing(made, 
     with monkeypatch.context() as patch:
         patch.setattr("prep.store.bases.FLUSH_SECONDS", 0.0)
         killed(monkeypatch, replace, 3, BasisWriter, "note")
-    found = open_store(run.store).bases
-    assert found["full"].hash == before and len(found.pending("full").layers) == 3
+    bases = open_store(run.store).bases
+    assert bases["full"].hash == before and len(bases.pending("full").layers) == 3
     capsys.readouterr()
     assert replace().method["rank"] == 6
     assert "resumed after 3 of 14 layers" in capsys.readouterr().err

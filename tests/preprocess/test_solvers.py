@@ -131,7 +131,7 @@ with threadpool_limits(1):
     from prep.preprocess.numerics import lapack
     import numpy as np
     lapack.times_lower(np.ones((3, 4)), np.ones((4, 4)))
-    print(*{found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"})
+    print(*{pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"})
 """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -51,9 +51,9 @@ def owner(path, file):
 def meaning(raw):
     """A zarr.json as a reader takes it, or None; `run` tells of the machine and is not sealed."""
     try:
-        found = json.loads(raw)
-        found["attributes"].pop("run", None)
-        return found
+        document = json.loads(raw)
+        document["attributes"].pop("run", None)
+        return document
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -123,9 +123,9 @@ def test_a_whole_store_verifies(made):
         assert report.findings == []
         assert (report.sites, report.bases) == (8, bases)
         assert report.weights == 14 * (1 + bases)
-        found = report.to_dict()
-        assert found["whole"] is True
-        assert json.loads(json.dumps(found)) == found
+        summary = report.to_dict()
+        assert summary["whole"] is True
+        assert json.loads(json.dumps(summary)) == summary
     held = sum(file.stat().st_size for file in files(made.path / "output") if "/c/" in file.as_posix())
     chunks = sum("/c/" in file.as_posix() for file in files(made.path / "output"))
     assert report.bytes == held - 4 * chunks
@@ -149,8 +149,8 @@ def _site(store, layer):
 def test_what_does_not_belong_is_found(store):
     zarr.open_group(str(store), mode="r+", zarr_format=3).create_array("moments/extra", shape=(3,), dtype="float32")
     (store / "bases" / "full" / "notes.txt").write_text("x")
-    found = {finding.where for finding in verify(store).findings}
-    assert found == {"moments/extra/zarr.json", "bases/full/notes.txt"}
+    places = {finding.where for finding in verify(store).findings}
+    assert places == {"moments/extra/zarr.json", "bases/full/notes.txt"}
 
 
 def test_other_weights_are_found(made, store, tmp_path):
@@ -245,9 +245,9 @@ def assert_holds(begun, layers):
     """Exactly `layers` count as done, and can be read although others of their chunks are missing."""
     basis = open_store(begun.path).bases.open("b")
     assert sorted(basis.layers) == sorted(layers)
-    for layer, found in basis.read().items():
+    for layer, one in basis.read().items():
         U, S, Vt = begun.parts[layer]
-        for got, wanted in ((found.U, U[:, :5]), (found.S, S[:5]), (found.P, Vt[:5]), (found.spectrum, S)):
+        for got, wanted in ((one.U, U[:, :5]), (one.S, S[:5]), (one.P, Vt[:5]), (one.spectrum, S)):
             np.testing.assert_array_equal(got, wanted)
 
 

@@ -107,8 +107,8 @@ def test_a_basis_half_copied_over_another(made, store, part):
 
 def test_a_spectrum_of_another_basis(made, store):
     copied(made, store, "bases/full/32x48/spectrum")
-    found = open_store(store).bases["full"][DOWN]
-    refused(rf"32x48/spectrum \(row 0, {DOWN}\) is not the one", lambda: found.spectrum)
+    basis = open_store(store).bases["full"][DOWN]
+    refused(rf"32x48/spectrum \(row 0, {DOWN}\) is not the one", lambda: basis.spectrum)
 
 
 def test_records_of_two_runs_are_no_basis(made, store):

@@ -53,10 +53,10 @@ def made(tmp_path_factory):
 def arrays(store, layer):
     """What is stored of a layer's input or output, as float64."""
     moment = open_store(store).moments[layer]
-    found = {"mean": moment.mean, "diagonal": moment.diagonal}
+    values = {"mean": moment.mean, "diagonal": moment.diagonal}
     if moment.kind != "diagonal":
-        found["matrix"] = moment.second_moment if moment.kind == "full" else moment.output
-    return {name: value.double().numpy() for name, value in found.items()}
+        values["matrix"] = moment.second_moment if moment.kind == "full" else moment.output
+    return {name: value.double().numpy() for name, value in values.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,10 +246,10 @@ def killed_pools(made, path, seeds):
         steps.killed_at(step, pooled_over, [one.a, one.b], store, [1, 2])
         with writer_lock(store):
             pass
-        found = arrays_and_groups(store)
-        assert found in (old, new)
+        contents = arrays_and_groups(store)
+        assert contents in (old, new)
         assert verify(store).findings == []
-        ended.append(found == new)
+        ended.append(contents == new)
         pool([one.a, one.b], store=store, weights=[1, 2], overwrite=True)
         assert arrays_and_groups(store) == new
         assert [p.name for p in store.parent.iterdir()] == ["c"]

@@ -166,12 +166,12 @@ def test_one_layer_fetches_its_own_chunks(made, server):
     layer = "model.layers.1.self_attn.o_proj"
     basis = open_store(server.url).bases["identity"]
     server.log.clear()
-    found = basis.read([layer], rank=1)[layer]
-    index = found.record.index
+    one = basis.read([layer], rank=1)[layer]
+    index = one.record.index
     chunks = {name for name in asked(server) if "/c/" in name}
     top = "bases/identity/32x32"
     assert chunks == {f"{top}/U/c/{index}/0/0", f"{top}/P/c/{index}/0/0", f"{top}/S/c/{index // SLAB}/0"}
-    assert torch.equal(found.U, open_store(made.store).bases["identity"][layer].U[:, :1])
+    assert torch.equal(one.U, open_store(made.store).bases["identity"][layer].U[:, :1])
 
 
 def test_memory_urls(made):

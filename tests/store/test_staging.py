@@ -139,17 +139,17 @@ def test_killed_at_every_step(made, tmp_path, there):
     store = tmp_path / "w" / "s"
     for step in steps.every_step(put, lambda: (lay_out(made, tmp_path / "w", there=there),)):
         if store.exists():
-            found = which(store)
+            at_once = which(store)
         else:
             with pytest.raises(
                 StoreError, match=r"was being replaced .*run that command again" if there else "no store"
             ):
                 open_store(store)
-            found = None
+            at_once = None
         after, staged = settled(store)
         assert (after, staged) in [("old" if there else None, "new"), ("new", None)], step
-        assert found in (after, None)
-        seen.add((found, after))
+        assert at_once in (after, None)
+        seen.add((at_once, after))
         if staged:
             put(store)
         assert settled(store) == ("new", None)

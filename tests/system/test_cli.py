@@ -144,14 +144,14 @@ def test_info_is_a_table_and_json(made, here):
     assert table[1][1] == f"{sum(energies) / 2:.3f}"
 
     result = invoke("info", "--json")
-    found = json.loads(result.stdout)
+    printed = json.loads(result.stdout)
     assert result.stderr == ""
-    assert (found["status"], found["model"]["id"], found["corpus"]["tokens"]) == ("complete", made.model, 128)
-    assert (found["moments"]["layers"], found["moments"]["sites"]) == (14, 8)
-    assert found["bases"]["full"]["layers"] == found["bases"]["full"]["of"] == 14
-    assert found["bases"]["full"]["method"]["rank"] == 4
-    assert found["layers"]["model.layers.*.mlp.down_proj"]["shape"] == [32, 48]
-    assert found["bytes"] == sum(map(len, tiny.contents("prep.zarr").values()))
+    assert (printed["status"], printed["model"]["id"], printed["corpus"]["tokens"]) == ("complete", made.model, 128)
+    assert (printed["moments"]["layers"], printed["moments"]["sites"]) == (14, 8)
+    assert printed["bases"]["full"]["layers"] == printed["bases"]["full"]["of"] == 14
+    assert printed["bases"]["full"]["method"]["rank"] == 4
+    assert printed["layers"]["model.layers.*.mlp.down_proj"]["shape"] == [32, 48]
+    assert printed["bytes"] == sum(map(len, tiny.contents("prep.zarr").values()))
 
 
 def test_quiet_commands_print_nothing(made, here):
@@ -455,10 +455,10 @@ def test_damaged_moments_are_named(here, damage, array):
 @pytest.mark.parametrize("array", ["U", "S", "P", "spectrum"])
 def test_damaged_bases_are_named(here, damage, array):
     DAMAGE[damage](chunk(f"prep.zarr/bases/full/32x48/{array}"))
-    found = prep.open_store("prep.zarr").bases["full"]
+    basis = prep.open_store("prep.zarr").bases["full"]
     with pytest.raises(StoreError, match=rf"bases/full/32x48/{array} .*: restore the store from a copy"):
-        _ = found["model.layers.0.mlp.down_proj"].spectrum
-    assert found["model.layers.0.mlp.up_proj"].record.rank == 4
+        _ = basis["model.layers.0.mlp.down_proj"].spectrum
+    assert basis["model.layers.0.mlp.up_proj"].record.rank == 4
 
 
 def test_damaged_metadata_is_named(here):

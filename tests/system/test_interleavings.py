@@ -98,11 +98,11 @@ class History:
             assert said.startswith("Error: ") and len(said.splitlines()) == 1, what
             return
         key = tuple(self.state[name] for name in ("weights", "data", "dtype", "batch_size"))
-        wanted, found = open_store(reference(self.made, *key)).moments, open_store(self.store).moments
-        assert found.sites == wanted.sites, what
+        wanted, moments = open_store(reference(self.made, *key)).moments, open_store(self.store).moments
+        assert moments.sites == wanted.sites, what
         exact = all(used == {1} for used in self.used.values())
         for layer in wanted:
-            ours, theirs = found[layer], wanted[layer]
+            ours, theirs = moments[layer], wanted[layer]
             assert ours.count == theirs.count and ours.members == theirs.members, what
             if exact:
                 assert torch.equal(ours.second_moment, theirs.second_moment), (layer, what)

@@ -70,8 +70,8 @@ def test_moments_do_not_depend_on_settings(made, tmp_path, setting):
     path, model, options = made
     with SETTINGS[setting]():
         prep.covariance(model, store=tmp_path / "s", **options)
-    wanted, found = tiny.contents(path / "s"), tiny.contents(tmp_path / "s")
-    assert all(wanted[name] == found[name] for name in wanted if name.startswith("moments"))
+    wanted, files = tiny.contents(path / "s"), tiny.contents(tmp_path / "s")
+    assert all(wanted[name] == files[name] for name in wanted if name.startswith("moments"))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -88,8 +88,8 @@ def test_starts_do_not_depend_on_settings(made, setting):
 
     wanted = residual()
     with SETTINGS[setting]():
-        found = residual()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        loose = residual()
+    assert all(torch.equal(loose[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -107,8 +107,8 @@ def test_merging_does_not_depend_on_settings(made, setting):
 
     wanted = merged()
     with SETTINGS[setting]():
-        found = merged()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        loose = merged()
+    assert all(torch.equal(loose[name], wanted[name]) for name in wanted)
 
 
 def test_a_setting_that_follows_another_still_does():

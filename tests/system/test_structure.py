@@ -33,15 +33,15 @@ def imports(path: Path) -> list[tuple[str, str]]:
 
 def imports_of(source: str, package: list[str]) -> list[tuple[str, str]]:
     """(module, name) of every import, relative ones resolved; the name is empty for `import module`."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(alias.name, "") for alias in node.names]
+            names += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found += [(module, alias.name) for alias in node.names]
-    return found
+            names += [(module, alias.name) for alias in node.names]
+    return names
 
 
 def part(module: str, name: str) -> str | None:
