@@ -132,3 +132,8 @@ def test_reading_a_store_and_attaching_need_neither_transformers_nor_datasets(tm
 def test_the_command_line_starts_light():
     """--help and a mistyped option answer at once."""
     assert not loaded_by("import prep.cli") & {"torch", "transformers", "datasets", "zarr"}
+
+
+def test_tests_mirror_the_package():
+    folders = {path.relative_to(ROOT / "tests").parent.as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders == {*PARTS, "system"}
