@@ -165,7 +165,7 @@ def test_weights_of_the_same_dtype_are_probed_where_they_are_not_hashed(dtype):
 
 
 def test_verify_takes_true_false_and_hash(store):
-    model = tiny_llama()
+    model = tiny.llama()
     with pytest.raises(prep.PrepError, match="verify='probe'"):
         prep.attach(model, store, verify="probe")
     prep.attach(model, store, verify="hash")

@@ -179,7 +179,7 @@ def test_compiled_code_under_checkpointing_uses_the_coefficient_of_the_forward(s
 
 def test_code_compiled_for_cuda_graphs_uses_the_coefficient_of_each_call(store):
     """On a CPU no graph is recorded; the operator is marked as one that no graph may hold."""
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core="dense", rank=8)
     for parameter in adapter.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
