@@ -253,7 +253,8 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         return
     for line in table(facts):
         click.echo(line)
-    trainable = [name for name, basis in facts["bases"].items() if basis["method"]["metric"] != "components"]
+    whole = {name: basis["method"] for name, basis in facts["bases"].items() if "problem" not in basis}
+    trainable = [name for name, method in whole.items() if method["metric"] != "components"]
     if facts["status"] != "complete":
         _say(quiet, "next: the same `prep covariance` command again")
     elif trainable:
@@ -312,6 +313,28 @@ def verify(store: str, quiet: bool, as_json: bool, **options: Any) -> None:
         _say(quiet, f"{store}: {report.sites} sites, {report.bases} bases, {size}: {whole}")
     if report.findings:
         sys.exit(1)
+
+
+@main.command(short_help="Take bases or the moments out of a store.")
+@click.argument("names", nargs=-1, metavar="[BASIS]...")
+@_shared
+@click.option("--moments", is_flag=True, help="Remove the moments, and keep the bases made of them.")
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+def remove(names: tuple[str, ...], store: str, quiet: bool, **options: Any) -> None:
+    """Remove bases by name, or the moments; `prep info` lists them with their sizes.
+
+    \b
+    prep remove identity full-p1      two bases
+    prep remove --moments             what `prep covariance` wrote; the same command would bring it back
+    """
+    from .store.remove import remove as run
+
+    left = run(store, names, **options)
+    _say(quiet, f"{store}: {', '.join([*names, *['the moments'] * options['moments']])} removed")
+    _say(
+        quiet,
+        f"left: {', '.join(left.attrs['bases']) or 'no basis'}{'' if left.corpus is None else ', and the moments'}",
+    )
 
 
 @main.command(short_help="The moments of several stores of one model as one.")

@@ -194,6 +194,11 @@ class BasisSet(Mapping[str, Basis]):
             out[layer] = Basis(U.T, S[:rank], P, self.layers[layer], partial(self._read_spectrum, layer))
         return out
 
+    @property
+    def place(self) -> str:
+        """The path of its group in the store: `bases/<name>`, unless a replacement was cut short."""
+        return self._group.path
+
     def command(self, rank: int) -> str:
         """The `prep decompose` command that makes this basis anew with another rank."""
         return decompose_command(self.name, self.method, rank, overwrite=True)

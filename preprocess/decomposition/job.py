@@ -27,7 +27,7 @@ from ..numerics.methods import Method
 from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import Progress, say
-from .request import Request, check_same_weights, made_already, same_basis
+from .request import Request, check_same_weights, made_already, problem_of, same_basis
 from .workers import cost, decomposed
 
 Shape = tuple[int, int]
@@ -98,6 +98,9 @@ class Decomposition:
             self._store_without_moments()
         basis = same_basis(request)
         if basis is None:
+            problem = problem_of(request)
+            if problem is not None:
+                say(f"basis {request.name!r} is {problem}: made anew", self._quiet)
             self._create()
             return list(self._modules)
         if basis.status == "complete":

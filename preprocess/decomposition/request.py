@@ -13,6 +13,7 @@ from torch import nn
 from ...errors import PrepError, StoreError
 from ...linear import layer_shape, weight_hash, weight_matrix
 from ...store import Bases, BasisSet, LayerMoment, Moments, Store, open_store
+from ...store.condition import fault
 from ...store.format.schema import check_writable_name, is_url
 from ...store.staging import interrupted, occupied
 from ..model import loading
@@ -64,18 +65,21 @@ def open_request(options: DecomposeOptions) -> Request:
 def same_basis(request: Request) -> BasisSet | None:
     """The basis that is there and was made with the same options, complete or not; None where one is to be begun.
 
-    The store is looked at anew. An unfinished replacement counts where a basis is to be overwritten, a complete one
-    does not. StoreError where another basis has the name.
+    The store is looked at anew. A damaged basis is begun anew. An unfinished replacement counts where a basis is to be
+    overwritten, a complete one does not. StoreError where another basis has the name.
     """
     if request.store is None:
         return None
     bases, name = open_store(request.options.store).bases, request.name
     if name not in bases:
         return None
-    if request.options.overwrite and _is_damaged(bases, name):
+    problem = fault(bases, name)
+    if problem is not None and (request.options.overwrite or not _opens(bases, name)):
         return None
     basis = bases.open(name)
     differences = _differences(request, basis)
+    if problem is not None and (not differences or _covers(basis, request, differences)):
+        return None
     if request.options.overwrite:
         if not differences and basis.status != "complete":
             return basis
@@ -91,12 +95,18 @@ def same_basis(request: Request) -> BasisSet | None:
     return basis
 
 
-def _is_damaged(bases: Bases, name: str) -> bool:
+def problem_of(request: Request) -> str | None:
+    """Why the basis of that name is to be made anew although it is there."""
+    bases = None if request.store is None else open_store(request.options.store).bases
+    return None if bases is None or request.name not in bases else fault(bases, request.name)
+
+
+def _opens(bases: Bases, name: str) -> bool:
     try:
         bases.open(name)
     except StoreError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:

@@ -40,6 +40,7 @@ ROOT = {
     "corpus?": (NULL, _CORPUS),
     "options?": (NULL, dict),
     "moments?": str,
+    "removed?": {"corpus": _CORPUS, "options": (NULL, dict), "id": Word},
     "checkpoint?": (NULL, dict),
     "run?": (NULL, dict),
 }
