@@ -186,7 +186,13 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 
 @main.command(short_help="Whitened SVD bases of every layer.")
 @_shared
-@_decompose_option("--for", type=click.Choice(list(PUBLISHED)), help="A published method: metric, power and select.")
+@_decompose_option(
+    "--for",
+    multiple=True,
+    metavar=f"[{'|'.join(PUBLISHED)}]",
+    help="A published method: metric, power and select. Several, repeated or joined by commas, share one load of the "
+    "model and one reading of each moment.",
+)
 @_decompose_option("--name", help="Name of the basis.  [default: from metric, power and select]")
 @_decompose_option(
     "--metric",
@@ -216,14 +222,22 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     \b
     prep decompose                               the C^(1/2)-whitened SVD
     prep decompose --for corda_kpm --rank 32     a published method
+    prep decompose --for pissa,whitened,eva      several at once
     prep decompose --metric identity --model X   plain SVD, needs no covariance
     """
     from .preprocess.decompose import decompose as run
     from .preprocess.distributed import launched
 
-    basis = run(store, quiet=quiet, distributed=launched(), **options)
-    if basis is None:  # rank 0 says the rest
+    bases = run(store, quiet=quiet, distributed=launched(), **options)
+    if bases is None:  # rank 0 says the rest
         return
+    for basis in {basis.name: basis for basis in (bases if isinstance(bases, list) else [bases])}.values():
+        _say_basis(store, quiet, basis)
+    _say(quiet, f"next: prep info{_store_option(store)}")
+
+
+def _say_basis(store: str, quiet: bool, basis: Any) -> None:
+    """What was kept of every layer of a basis, and what of it is not resolved."""
     energies = sorted(record.energy for record in basis.layers.values())
     ranks = sorted({record.rank for record in basis.layers.values()})
     kept = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
@@ -235,7 +249,6 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     unresolved = sum(record.rank > record.numerical_rank for record in basis.layers.values())
     if unresolved:
         _say(quiet, f"{unresolved} layers keep directions below their numerical rank: see `prep info --json`")
-    _say(quiet, f"next: prep info{_store_option(store)}")
 
 
 @main.command(short_help="What a store holds.")

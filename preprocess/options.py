@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PrepError
 from ..units import blocks_as_text, parse_blocks, parse_seconds, parse_size
-from .numerics.methods import MOMENT_KINDS, one_of
+from .numerics.methods import MOMENT_KINDS, PUBLISHED, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,7 +121,7 @@ class DecomposeOptions:
     """What `decompose` was asked for. The fields are the verb's arguments."""
 
     store: str | Path = "prep.zarr"
-    for_: str | None = None
+    for_: str | Sequence[str] | None = None
     name: str | None = None
     metric: str | None = None
     power: float | None = None
@@ -139,11 +139,24 @@ class DecomposeOptions:
     trust_remote_code: bool = False
     quiet: bool = False
     distributed: bool = False
+    methods: tuple[str | None, ...] = field(init=False)  # of `for_`; None for that of the other options
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _uncompiled(self.model))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
+        given = [self.for_] if isinstance(self.for_, str) else self.for_ or ()
+        names = [name.strip() for one in given for name in one.split(",")]
+        for name in names:
+            one_of("--for", name, tuple(PUBLISHED))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(names)) or (None,))
+        if self.name is not None and len(self.methods) > 1:
+            raise PrepError(f"--name {self.name} cannot name the bases of {len(self.methods)} methods: leave it out")
+
+    @property
+    def several(self) -> bool:
+        """Whether bases were asked for as a list, or joined by commas."""
+        return self.for_ is not None and (not isinstance(self.for_, str) or "," in self.for_)
 
 
 def _uncompiled(model: Any) -> Any:
