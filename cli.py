@@ -101,9 +101,12 @@ _decompose_option = partial(_option, DecomposeOptions)
 @_covariance_option("--pack/--no-pack", help="Join documents by the end token, or pad one per sequence.")
 @_covariance_option("--seed", type=click.IntRange(0), help="Seed of the document order.")
 @_covariance_option(
-    "--targets", multiple=True, help="Regular expression of layer names; repeatable.  [default: all in blocks]"
+    "--targets",
+    multiple=True,
+    help="Regular expression of layer names, or a pattern such as *.q_proj; repeatable.  [default: all-linear, those "
+    "in blocks]",
 )
-@_covariance_option("--exclude", multiple=True, help="Regular expression of layer names to leave out; repeatable.")
+@_covariance_option("--exclude", multiple=True, help="The same, of layers to leave out; repeatable.")
 @_covariance_option("--layers", help="Block numbers, such as 0-3,8.")
 @_covariance_option(
     "--moment",

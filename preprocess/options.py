@@ -82,6 +82,8 @@ class CovarianceOptions:
         for name in ("targets", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if tuple(self.targets) == ("all-linear",):  # what is done by default
+            object.__setattr__(self, "targets", ())
         if self.layers is not None:
             object.__setattr__(self, "layers", blocks_as_text(parse_blocks(self.layers)))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
