@@ -87,7 +87,13 @@ _decompose_option = partial(_option, DecomposeOptions)
 
 @main.command(short_help="Second moments of every linear layer's input.")
 @click.option("--model", required=True, help="Path or hub id of the model.")
-@click.option("--data", required=True, help="Hub id, or a .jsonl .json .parquet .csv .txt file, or a glob of files.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    help="Hub id, or a .jsonl .json .parquet .csv .txt file (but for .parquet also with .gz or .zst), or a glob of "
+    "files. Repeated, a mixture: a.jsonl=2 gives twice the sequences of b.jsonl.",
+)
 @_shared
 @_covariance_option("--revision", help="Revision of the model on the hub.")
 @_covariance_option("--subset", help="Configuration of a hub data set.")
@@ -166,6 +172,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     prep covariance --model HuggingFaceTB/SmolLM2-135M --data openai/gsm8k --subset main \\
         --template "{question}\\n{answer}"
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
+    prep covariance --model ./model --data code.jsonl=2 --data prose.jsonl
     """
     from .preprocess.calibration.estimate import Estimate, lines
     from .preprocess.covariance import covariance as run

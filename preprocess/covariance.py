@@ -29,7 +29,7 @@ from .progress import say
 
 def covariance(
     model: str | nn.Module,
-    data: str | None = None,
+    data: str | Sequence[str] | Mapping[str, float] | None = None,
     *,
     batches: Iterable[Any] | None = None,
     mask: Mask | None = None,
@@ -67,6 +67,9 @@ def covariance(
     distributed: bool = False,
 ) -> Store | Estimate | None:
     """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
+
+    data: of several, in a list or a dictionary with weights, {"a.jsonl": 2, "b.jsonl": 1}, sequences are taken in
+    proportion (see corpus/mixture.py); the options of text are of all of them.
 
     model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
     tensors that it is called with. mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's

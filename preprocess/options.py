@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrepError
-from ..units import blocks_as_text, parse_blocks, parse_seconds, parse_size
+from ..units import blocks_as_text, parse_blocks, parse_mixture, parse_seconds, parse_size
 from .numerics.methods import MOMENT_KINDS, PUBLISHED, one_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class CovarianceOptions:
     """What `covariance` was asked for, checked as far as options alone can be. The fields are the verb's arguments."""
 
     model: str | nn.Module
-    data: str | None = None
+    data: str | Sequence[str] | Mapping[str, float] | None = None
     batches: Iterable[Any] | None = None
     mask: Mask | None = None
     store: str | Path = "prep.zarr"
@@ -71,6 +71,7 @@ class CovarianceOptions:
     budget: int = field(init=False)  # memory_budget in bytes
     room: int | None = field(init=False)  # device_memory in bytes
     every: float = field(init=False)  # checkpoint_every in seconds
+    sources: tuple[tuple[str, int], ...] = field(init=False)  # of `data`, with their weights
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _uncompiled(self.model))
@@ -79,6 +80,7 @@ class CovarianceOptions:
         given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
         object.__setattr__(self, "room", None if given is None else int(given))
         object.__setattr__(self, "every", parse_seconds(self.checkpoint_every))
+        object.__setattr__(self, "sources", () if self.data is None else parse_mixture(self.data))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -179,7 +179,13 @@ def _corpus(corpus: dict[str, Any]) -> list[str]:
     if corpus.get("source") == "batches":
         return [f"corpus   {corpus.get('batches', '?')} batches, {tokens}"]
     source, split, count, length = (corpus.get(name, "?") for name in ("source", "split", "num_sequences", "seq_len"))
-    return [f"corpus   {source}, {split}: {count} x {length}, {'packed' if corpus.get('pack') else 'padded'}, {tokens}"]
+    mixture = corpus.get("mixture") or []
+    source = f"mixture of {len(mixture)}" if mixture else source
+    kind = "packed" if corpus.get("pack") else "padded"
+    return [f"corpus   {source}, {split}: {count} x {length}, {kind}, {tokens}"] + [
+        f"         {part['weight']} x {part['source']}, {part['sequences']:,} sequences, {part['tokens']:,} tokens"
+        for part in mixture
+    ]
 
 
 def _short(number: float | None) -> str:
