@@ -158,7 +158,7 @@ _decompose_option = partial(_option, DecomposeOptions)
 )
 @_covariance_option("--checkpoint-every", help="How often the state of an unfinished run is stored.")
 @_covariance_option(
-    "--dry-run", is_flag=True, help="Print memory, disk and time from one batch per pass; store nothing."
+    "--dry-run", is_flag=True, help="Print memory, disk and time, from one batch per pass as a sample; store nothing."
 )
 @_covariance_option("--overwrite", is_flag=True, help="Replace the store that is there when the new one is complete.")
 @_covariance_option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")

@@ -5,6 +5,7 @@ C = E[x x^T] over the real tokens, uncentred, with the mean beside it, per site 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from ..errors import PrepError
 from ..store import Store, open_store
 from ..store.format.schema import is_url
-from .calibration.estimate import Estimate, estimate
+from .calibration.estimate import Estimate, announce, estimate
 from .calibration.job import Calibration
 from .calibration.run import Run, finished
 from .corpus.source import Mask, Text, open_source
@@ -98,17 +99,20 @@ def covariance(
 
 
 def _calibrate(options: CovarianceOptions, world: World) -> Store | Estimate | None:
+    begun = time.monotonic()
     world.on_all(_check, options, world, world.all_gather(visible_devices()))
     source = world.on_all(open_source, options)
     run = world.on_all(Run.of, options, source)
-    if not options.dry_run:
+    if isinstance(source, Text) and options.dry_run:
+        announce(options, source)
+    else:
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
             return open_store(options.store) if world.rank == 0 else None
     module = world.on_all(_load, options, world)
     network = world.on_all(observe, module, source, options)
     if isinstance(source, Text) and options.dry_run:
-        return estimate(options, network, source)
+        return estimate(options, network, source, time.monotonic() - begun)
     with Calibration(options, run, network, source, world) as job:
         for part in job.parts():
             with part.hooked():
