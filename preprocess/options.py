@@ -83,7 +83,8 @@ class CovarianceOptions:
         object.__setattr__(self, "sources", () if self.data is None else parse_mixture(self.data))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            patterns = {value} if isinstance(value, str) else set(value)  # their order makes no difference
+            object.__setattr__(self, name, tuple(sorted(patterns)))
         if tuple(self.targets) == ("all-linear",):  # what is done by default
             object.__setattr__(self, "targets", ())
         if self.layers is not None:

@@ -195,6 +195,11 @@ class BasisSet(Mapping[str, Basis]):
         return out
 
     @property
+    def rank(self) -> int:
+        """Directions of the layers that have most: what was asked for, clipped at their shapes."""
+        return max((group["rank"] for group in self._groups.values()), default=0)
+
+    @property
     def place(self) -> str:
         """The path of its group in the store: `bases/<name>`, unless a replacement was cut short."""
         return self._group.path

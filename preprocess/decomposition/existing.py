@@ -76,18 +76,21 @@ def _opens(bases: Bases, name: str) -> bool:
 
 
 def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:
-    """Whether a complete basis is the requested one with more directions: a slice of it will do."""
+    """Whether a complete basis has every direction asked for and differs in nothing else: a slice of it is that one."""
     only_rank = len(differences) == 1 and differences[0].startswith("rank:")
-    return basis.status == "complete" and only_rank and basis.method["rank"] > request.method.rank
+    enough = all(min(request.method.rank, *record.shape) <= record.rank for record in basis.layers.values())
+    return basis.status == "complete" and only_rank and enough
 
 
 def made_already(request: Request) -> str:
     """The line for a basis that is there already."""
     basis = open_store(request.options.store).bases[request.name]
-    rank = basis.method["rank"]
-    if rank > request.method.rank:
-        return f"basis {request.name!r} is there already at rank {rank}: any rank up to {rank} is a slice of it"
-    return f"basis {request.name!r} is complete and was made with the same options: nothing to do"
+    asked, rank = request.method.rank, basis.rank
+    if basis.method["rank"] == asked:
+        return f"basis {request.name!r} is complete and was made with the same options: nothing to do"
+    if asked >= rank:
+        return f"basis {request.name!r} is there already with every direction of its layers, up to {rank}"
+    return f"basis {request.name!r} is there already at rank {rank}: any rank up to {rank} is a slice of it"
 
 
 def is_made(request: Request) -> bool:

@@ -17,6 +17,7 @@ from prep.preprocess.decomposition import workers
 from prep.preprocess.model import loading
 from prep.preprocess.verify import verify
 from prep.store import BasisWriter, open_store
+from prep.store.info import info, table
 
 METHODS = ["pissa", "milora", "corda_ipm", "corda_kpm", "whitened", "asvd", "eva", "antipasto"]
 BASES = ["identity", "identity-bottom", "full-p1", "full-p1-bottom", "full", "diagonal", "eva", "identity-activation"]
@@ -149,3 +150,37 @@ def test_plain_bases_need_no_store(made, tmp_path):
     assert [basis.name for basis in bases] == ["identity", "identity-bottom"]
     kept = open_store(made.path / "one by one").bases
     assert [basis.hash for basis in bases] == [kept[basis.name].hash for basis in bases]
+
+
+def test_a_rank_above_all_is_told_as_what_was_kept(made, tmp_path, capsys):
+    """Every layer here has 16 or 32 directions: all ranks from 32 on are one basis."""
+    store = tmp_path / "s"
+    shutil.copytree(made.path / "full", store)
+    first = prep.decompose(store, rank=99_999, quiet=True)
+    facts = info(open_store(store))["bases"]["full"]
+    assert (facts["rank"], first.rank, max(one.rank for one in first.layers.values())) == (32, 32, 32)
+    [row] = [line.split() for line in table(info(open_store(store))) if line.startswith("full ")]
+    assert row[4] == "32"
+    for rank, said in (
+        (99_999, "basis 'full' is complete and was made with the same options: nothing to do"),
+        (256, "basis 'full' is there already with every direction of its layers, up to 32"),
+        (32, "basis 'full' is there already with every direction of its layers, up to 32"),
+        (31, "basis 'full' is there already at rank 32: any rank up to 32 is a slice of it"),
+    ):
+        before = tiny.contents(store)
+        assert prep.decompose(store, rank=rank).hash == first.hash
+        assert capsys.readouterr().err.splitlines() == [said]
+        assert tiny.contents(store) == before
+    small = prep.decompose(store, for_="asvd", rank=8, quiet=True)
+    with pytest.raises(StoreError, match="rank: 8 there, 99999 asked for"):
+        prep.decompose(store, for_="asvd", rank=99_999, quiet=True)
+    assert open_store(store).bases["diagonal"].hash == small.hash
+
+
+def test_patterns_in_another_order_choose_the_same_layers(made, tmp_path):
+    patterns = {"targets": ["q_proj", "up_proj"], "exclude": ["0.mlp", "1.self"]}
+    turned = {name: [*reversed(given), given[0]] for name, given in patterns.items()}
+    prep.covariance(made.model, made.data, store=tmp_path / "s", **patterns, **RUN)
+    before = tiny.contents(tmp_path / "s")
+    prep.covariance(made.model, made.data, store=tmp_path / "s", **turned, **RUN)
+    assert tiny.contents(tmp_path / "s") == before
