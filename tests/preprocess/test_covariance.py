@@ -20,6 +20,7 @@ from prep.preprocess.corpus.text import CorpusOptions, load_corpus
 from prep.preprocess.model.network import Network
 from prep.preprocess.model.sites import MASK, find_sites, target_layers
 from prep.preprocess.numerics.accumulators import moments_of
+from prep.preprocess.options import CovarianceOptions
 
 BATCHES = 52
 RUN = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2, "quiet": True}
@@ -346,6 +347,8 @@ def test_target_layers_names_what_is_wrong():
         ({"targets": ["nope"]}, "no layer matches"),
         ({"targets": ["norm$"]}, "LlamaRMSNorm"),
         ({"targets": ["("]}, "regular expression"),
+        ({"targets": ["q|**"]}, r"regular expression: .*; write one, such as .* \*\.q_proj"),
+        ({"targets": ["*.nope"]}, "no layer matches"),
         ({"layers": "7"}, "block 7"),
         ({"layers": "1-"}, "list of block numbers"),
         ({"exclude": ["."]}, "no linear layer is left"),
@@ -353,6 +356,31 @@ def test_target_layers_names_what_is_wrong():
     for options, message in wrong:
         with pytest.raises(PrepError, match=message):
             target_layers(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same"),
+    [
+        ("*.q_proj", r"\.q_proj$"),
+        ("*.1.mlp.*", r"\.1\.mlp\."),
+        ("*_proj", "_proj$"),
+        ("*lm_head", "^lm_head$"),
+        ("all-linear", r"\.layers\..*_proj$"),
+    ],
+)
+def test_patterns_of_whole_names(pattern, same):
+    model = tiny.llama()
+    assert list(target_layers(model, [pattern])) == list(target_layers(model, [same])) != []
+    if pattern == "all-linear":
+        assert list(target_layers(model, [pattern, "*head"])) == [*target_layers(model), "lm_head"]
+    else:
+        everything, left = target_layers(model, [".*"]), target_layers(model, [".*"], exclude=[pattern])
+        assert everything.keys() - left.keys() == target_layers(model, [same]).keys()
+
+
+def test_all_linear_is_the_default():
+    """The store is the same: nothing is refused for having been asked for by name."""
+    assert CovarianceOptions("m", "d", targets="all-linear") == CovarianceOptions("m", "d")
 
 
 # Stores

@@ -141,3 +141,25 @@ def test_block_numbers_have_one_spelling():
 def test_python_takes_what_the_command_takes_and_its_own_types():
     options = CovarianceOptions("m", "d", memory_budget="8GB", checkpoint_every="2m", dtype=torch.bfloat16, targets="q")
     assert (options.budget, options.every, options.dtype, options.targets) == (8 * 10**9, 120.0, "bfloat16", ("q",))
+
+
+def test_a_dry_run_says_that_it_runs_a_sample_and_runs_no_more(job, tmp_path, monkeypatch, capsys):
+    """Of 8 sequences in each pass, one to warm up and a batch of two."""
+    _, options = job
+    ran, add, said = [], Part.add, []
+
+    def counted(self, batch):
+        said.append(capsys.readouterr().err)
+        ran.append(len(batch.inputs["input_ids"]))
+        add(self, batch)
+
+    monkeypatch.setattr(Part, "add", counted)
+    options = {**options, "num_sequences": 8, "batch_size": 2, "quiet": False}
+    needed = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    assert ran == [1, 2] * needed.passes
+    line = "dry run: loads the model and runs a sample, 3 of 8 sequences a pass; nothing is stored\n"
+    assert said[0].endswith(line)
+    options |= {"num_sequences": 2}
+    said.clear()
+    prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    assert "dry run: loads the model and runs one batch; nothing is stored" in said[0]

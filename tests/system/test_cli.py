@@ -135,7 +135,7 @@ def test_info_is_a_table_and_json(made, here):
     assert lines[0].startswith("store    prep.zarr (complete, ")
     assert f"model    {made.model} (LlamaForCausalLM, float32)" in lines
     assert f"corpus   {made.data}, train: 8 x 16, packed, 128 tokens" in lines
-    assert "moments  14 layers, 8 sites (8 full)" in lines
+    assert "moments  14 layers, 8 sites (8 full), 0 MB" in lines
     rows = {line.split()[0]: line.split() for line in lines if line}
     assert rows["full"][:6] == ["full", "full", "0.5", "top", "4", "0.001"]
     table = [line.split() for line in lines if line.startswith("model.layers.*.mlp.down_proj")]
