@@ -220,7 +220,11 @@ def forget_basis(root: zarr.Group, name: str) -> None:
 
 
 def is_left(root: zarr.Group, name: str) -> bool:
-    """Whether a local store has a folder of a basis, listed or not."""
+    """Whether a local store has a folder of a basis, listed or not; no folder has a name that a store cannot keep."""
+    try:
+        schema.check_writable_name(name, "basis")
+    except StoreError:
+        return False
     return any(os.path.lexists(_folder(root, place)) for place in (name, _new(name), _old(name)))
 
 
