@@ -120,7 +120,7 @@ COVARIANCE = {
     "no match": (covariance(data="*.parquet"), "no file matches *.parquet: check --data"),
     "a file of another kind": (
         covariance(data="table.xlsx"),
-        "cannot read .../table.xlsx: convert it to one of .jsonl .json .parquet .csv .txt",
+        "cannot read .../table.xlsx: convert it to one of .jsonl .json .parquet .csv .txt, also with .gz or .zst",
     ),
     "files of several kinds": (
         covariance(data="mixed.*"),

@@ -371,24 +371,30 @@ INFO = {
         lambda: info(open_store("none")),
         "no store at none: run `prep covariance --model X --data Y` first, or name one with --store",
     ),
-    "moments without metadata": (
-        lambda: info(open_store("no-moments")),
-        "no-moments/moments is missing or damaged: restore the store from a copy",
-    ),
-    "a site without metadata": (
-        lambda: info(open_store("no-site")),
+}
+
+MARKED = {
+    "no-moments": ("moments", "no-moments/moments is missing or damaged: restore the store from a copy"),
+    "no-site": (
+        "moments",
         "the moments of model.layers.1.mlp.down_proj are missing or damaged: restore the store from a copy",
     ),
-    "a basis without metadata": (
-        lambda: info(open_store("no-basis")),
-        "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`",
-    ),
+    "no-basis": ("full", "damaged, its zarr.json cannot be read"),
 }
 
 
 @pytest.mark.parametrize("asked", INFO)
 def test_info(here, asked):
     messages.check(*INFO[asked])
+
+
+@pytest.mark.parametrize("store", MARKED)
+def test_info_marks_what_is_damaged(here, store):
+    """One part of a store does not keep the others from being told of."""
+    part, problem = MARKED[store]
+    facts = info(open_store(store))
+    assert {"moments": facts["moments"], **facts["bases"]}[part]["problem"] == problem
+    assert "problem" not in (facts["bases"]["full"] if part == "moments" else facts["moments"])
 
 
 # what `prep verify` finds in them: where, and the sentence
