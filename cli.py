@@ -243,11 +243,10 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def info(store: str, quiet: bool, as_json: bool) -> None:
     """Show what a store holds: model, corpus, moments, bases."""
-    from .store import open_store
-    from .store.info import info as describe
+    from .store.info import info as run
     from .store.info import table
 
-    facts = describe(open_store(store))
+    facts = run(store)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import zarr
 
-from .artifact import Store
+from .artifact import Store, open_store
 from .bases import Bases
 from .basis import BasisSet
 
 
-def info(store: Store) -> dict[str, Any]:
-    """Model, corpus, moments and bases of a store with counts, sizes in bytes and captured energy by kind of layer.
+def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
+    """What a store, or the one at a path or URL, holds: the dictionary that `prep info --json` prints.
 
-    `layers` groups layer names that differ in their block number only; `energy` is the median over a group.
+    Model, corpus, moments and bases with counts, sizes in bytes and captured energy by kind of layer. `layers` groups
+    layer names that differ in their block number only; `energy` is the median over a group.
+
+    Raises StoreError where there is no store.
     """
+    store = store if isinstance(store, Store) else open_store(store)
     groups: dict[str, dict[str, Any]] = {}
     summary = None
     if store.corpus is not None and store.status == "complete":
