@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,6 +14,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .commands import store_option
 from .errors import Interrupted, PrepError
 from .preprocess.numerics.methods import PUBLISHED, SELECTIONS, SOLVERS
 from .preprocess.options import (
@@ -181,7 +181,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     _say(quiet, f"{store}: {len(moments)} layers, {len(moments.sites)} sites, {tokens:,} tokens")
     for line in skipped_lines(moments.skipped):
         _say(quiet, f"skipped {line}")
-    _say(quiet, f"next: prep decompose{_store_option(store)}")
+    _say(quiet, f"next: prep decompose{store_option(store)}")
 
 
 @main.command(short_help="Whitened SVD bases of every layer.")
@@ -235,7 +235,7 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     unresolved = sum(record.rank > record.numerical_rank for record in basis.layers.values())
     if unresolved:
         _say(quiet, f"{unresolved} layers keep directions below their numerical rank: see `prep info --json`")
-    _say(quiet, f"next: prep info{_store_option(store)}")
+    _say(quiet, f"next: prep info{store_option(store)}")
 
 
 @main.command(short_help="What a store holds.")
@@ -258,7 +258,7 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
     elif trainable:
         _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
     else:
-        _say(quiet, f"next: prep decompose{_store_option(store)}")
+        _say(quiet, f"next: prep decompose{store_option(store)}")
 
 
 @main.command(short_help="A basis or moments as files that PEFT reads.")
@@ -334,7 +334,7 @@ def pool(parts: tuple[str, ...], store: str, quiet: bool, weights: str | None, *
     pooled = run(parts, store=store, weights=numbers, **options)
     tokens = pooled.corpus["tokens"] if pooled.corpus else 0
     _say(quiet, f"{store}: {len(pooled.moments)} layers, {tokens:,} tokens of {len(parts)} stores")
-    _say(quiet, f"next: prep decompose{_store_option(store)}")
+    _say(quiet, f"next: prep decompose{store_option(store)}")
 
 
 @main.command(short_help="Copy a store to a URL.")
@@ -361,11 +361,7 @@ def pull(url: str, store: str, quiet: bool, **options: Any) -> None:
 
     run(url, store, **options)
     _say(quiet, f"{store}: whole")
-    _say(quiet, f"next: prep info{_store_option(store)}")
-
-
-def _store_option(store: str) -> str:
-    return "" if store == "prep.zarr" else f" --store {shlex.quote(store)}"
+    _say(quiet, f"next: prep info{store_option(store)}")
 
 
 def _say(quiet: bool, line: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PrepError
+from ..errors import PrepError, did_you_mean
 from ..linear import is_conv1d, is_plain, layer_shape
 from ..store import Store, open_store
 from .adapter import Adapter, Origin, find_adapter
@@ -81,7 +81,8 @@ def make_core(core: str | type[Core] | Core, options: dict[str, Any]) -> Core:
         return core
     cls = CORES.get(core) if isinstance(core, str) else core
     if not (isinstance(cls, type) and issubclass(cls, Core)):
-        raise PrepError(f"no core {core!r}: choose from {', '.join(CORES)}, or give a Core of your own")
+        meant = did_you_mean(core, CORES) if isinstance(core, str) else ""
+        raise PrepError(f"no core {core!r}: choose from {', '.join(CORES)}, or give a Core of your own{meant}")
     return cls(**options)
 
 

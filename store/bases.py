@@ -22,7 +22,7 @@ import zarr
 from torch import Tensor
 from zarr.storage import LocalStore
 
-from ..commands import decompose_command
+from ..commands import decompose_command, missing_basis
 from ..errors import StoreError
 from .basis import BasisSet, LayerRecord, Place, checksums, group_arrays, group_key
 from .format import schema
@@ -49,8 +49,7 @@ class Bases(Mapping[str, BasisSet]):
     def open(self, name: str) -> BasisSet:
         """The basis as it stands, complete or not."""
         if name not in self.names:
-            has = ", ".join(self.names) or "none"
-            raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {decompose_command(name)}")
+            raise StoreError(missing_basis(name, self.names, schema.place_of(self._root)))
         try:
             try:
                 group = schema.child(self._root, f"bases/{name}")
@@ -58,7 +57,7 @@ class Bases(Mapping[str, BasisSet]):
                 group = schema.child(self._root, f"bases/{_old(name)}")
             return BasisSet(name, group)
         except (KeyError, TypeError, ValueError) as error:
-            again = decompose_command(name, overwrite=True)
+            again = decompose_command(name, overwrite=True, store=schema.place_of(self._root))
             raise StoreError(f"basis {name!r} is missing or damaged: make it anew with {again}") from error
 
     def pending(self, name: str) -> BasisSet | None:

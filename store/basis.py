@@ -19,7 +19,7 @@ import zarr
 from torch import Tensor
 
 from ..commands import decompose_command
-from ..errors import StoreError
+from ..errors import StoreError, did_you_mean
 from .format import schema
 from .format.arrays import OTHER_VERSION, Region, checksum, chunk_checksums
 from .format.documents import check_size
@@ -176,7 +176,8 @@ class BasisSet(Mapping[str, Basis]):
         wanted = list(self.layers) if layers is None else list(layers)
         for layer in wanted:
             if layer not in self.layers:
-                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}; `prep info` lists its layers")
+                meant = did_you_mean(layer, self.layers) or "; `prep info` lists its layers"
+                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}{meant}")
         arrays = self.open_arrays({self.layers[layer].shape for layer in wanted}, ("U", "P", "S"))
         regions: list[tuple[schema.Array, Region]] = []
         known: dict[str, int] = {}
@@ -196,7 +197,7 @@ class BasisSet(Mapping[str, Basis]):
 
     def command(self, rank: int) -> str:
         """The `prep decompose` command that makes this basis anew with another rank."""
-        return decompose_command(self.name, self.method, rank, overwrite=True)
+        return decompose_command(self.name, self.method, rank, True, schema.place_of(self._group))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

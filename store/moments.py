@@ -17,7 +17,7 @@ import xxhash
 import zarr
 from torch import Tensor
 
-from ..errors import StoreError
+from ..errors import StoreError, did_you_mean
 from .format import schema
 from .format.arrays import OTHER_VERSION, Region
 from .format.documents import check_size
@@ -160,9 +160,8 @@ class Moments(Mapping[str, LayerMoment]):
     def __getitem__(self, layer: str) -> LayerMoment:
         if layer not in self._site_of:
             reason = " ".join(self.skipped.get(layer, "").split())
-            raise StoreError(
-                f"the store has no moments of {layer}" + (f": {reason}" if reason else "; `prep info` lists its layers")
-            )
+            meant = f": {reason}" if reason else did_you_mean(layer, self) or "; `prep info` lists its layers"
+            raise StoreError(f"the store has no moments of {layer}{meant}")
         site = self._site_of[layer]
         try:
             moment = LayerMoment(layer, site, schema.child(self._group, site), self._hashes.get(site, ""))

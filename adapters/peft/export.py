@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import PrepError
+from ...errors import PrepError, did_you_mean
 from ...store import BasisSet, Store, open_store
 from ...store.format.schema import disk_guard
 from . import eva
@@ -60,7 +60,7 @@ def export(
     the wrong sort, a rank that is not stored, layers without a full second moment (peft-corda-covariance).
     """
     if to not in BASES:
-        raise PrepError(f"nothing is called --to {to!r}: choose from {', '.join(BASES)}")
+        raise PrepError(f"nothing is called --to {to!r}: choose from {', '.join(BASES)}{did_you_mean(to, BASES)}")
     target = Path(path)
     if target.exists() and (not overwrite or target.is_dir() != (to == "peft-lora")):
         raise PrepError(f"{target} is there already: name another path, or replace a {to} with --overwrite")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import PrepError
+from ...errors import PrepError, did_you_mean
 from ...linear import is_plain, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
@@ -176,7 +176,7 @@ def require_peft() -> Any:
 def _check_model(model: nn.Module, init: str, lora_config: Mapping[str, Any]) -> None:
     """Refuse an unknown init, a model that has adapters, and options that the init decides."""
     if init not in INITS:
-        raise PrepError(f"no init {init!r}: choose from {', '.join(INITS)}")
+        raise PrepError(f"no init {init!r}: choose from {', '.join(INITS)}{did_you_mean(init, INITS)}")
     refuse_adapted(model)
     if hasattr(model, "peft_config"):
         raise PrepError("the model has PEFT adapters already: give the base model")
@@ -205,7 +205,9 @@ def _targets(model: nn.Module, config: Any, layers: list[str]) -> dict[str, int]
         targets = [name for name in targets if name in set(layers)]
         config.target_modules = set(targets)
     if not targets:
-        raise PrepError(f"target_modules={given!r} matches no layer of the model, such as {layers[0]}")
+        ends = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)
+        meant = did_you_mean(given, ends) if isinstance(given, str) else "".join(did_you_mean(x, ends) for x in given)
+        raise PrepError(f"target_modules={given!r} matches no layer of the model, such as {layers[0]}{meant}")
     keys = config.rank_pattern.keys()
     return {name: config.rank_pattern.get(other.get_pattern_key(keys, name), config.r) for name in targets}
 

@@ -535,7 +535,7 @@ def refused(home, store, match, model=None, **options):
     ("options", "match"),
     [
         ({"init": "pisa"}, "no init 'pisa': choose from pissa, milora"),
-        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --rank 17 --overwrite`"),
+        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --rank 17 --overwrite --store .*prep.zarr`"),
         ({"r": 64}, "rank 64 does not fit .*layers.0.self_attn.q_proj, which has 1 to 32"),
         ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17 does not fit .*k_proj"),
         ({"r": 12, "init": "eva"}, "rank 12 with rho 2 takes 24 components, .* holds 16"),
@@ -543,7 +543,7 @@ def refused(home, store, match, model=None, **options):
         ({"target_modules": ["qq_proj"]}, "matches no layer of the model"),
         ({"basis": "eva"}, "basis 'eva' does not serve init 'whitened'"),
         ({"init": "eva", "basis": "full"}, "basis 'full' does not serve init 'eva'"),
-        ({"basis": "full-p2"}, "no basis 'full-p2'.*`prep decompose --power 2`"),
+        ({"basis": "full-p2"}, "no basis 'full-p2'.*`prep decompose --power 2 --store .*prep.zarr`"),
         ({"init_lora_weights": "pissa"}, "leave it out"),
         ({"lora_alpha": 0}, "must be above 0"),
         ({"alpha_pattern": {"q_proj": -1}}, "must be above 0"),
@@ -558,9 +558,13 @@ def test_refusals_leave_the_model_alone(home, store, options, match):
 
 def test_a_missing_basis_names_the_command_that_makes_it(home, tmp_path):
     prep.decompose(tmp_path / "s.zarr", for_="pissa", rank=16, model=str(home / "model"), quiet=True)
-    commands = {"whitened": "prep decompose`", "corda_kpm": "--power 1 --select bottom`", "eva": "--for eva`"}
+    commands = {
+        "whitened": "prep decompose",
+        "corda_kpm": "prep decompose --for corda_kpm",
+        "eva": "prep decompose --for eva",
+    }
     for init, command in commands.items():
-        refused(home, tmp_path / "s.zarr", command, init=init)
+        refused(home, tmp_path / "s.zarr", f"`{command} --store {tmp_path / 's.zarr'}`", init=init)
 
 
 def test_other_weights_and_shapes_are_refused(home, store):
@@ -630,10 +634,14 @@ def test_save_refuses_what_it_cannot_write(home, store, tmp_path):
     [
         ("onnx", {}, "nothing is called --to 'onnx': choose from peft-corda"),
         ("peft-corda", {}, "--to peft-corda needs a --rank"),
-        ("peft-corda", {"rank": 17}, "holds 16 of .*`prep decompose .*--power 1.* --rank 17 --overwrite`|does not fit"),
+        (
+            "peft-corda",
+            {"rank": 17},
+            "holds 16 of .*`prep decompose --for corda_ipm --rank 17 --overwrite --store .*`|does not fit",
+        ),
         ("peft-corda", {"rank": 4, "basis": "eva"}, "basis 'eva' does not serve --to peft-corda: take 'full-p1'"),
         ("peft-eva", {"rank": 4, "basis": "full"}, "basis 'full' does not serve --to peft-eva: take 'eva'"),
-        ("peft-lora", {"rank": 4, "basis": "full-p3"}, "`prep decompose --power 3`"),
+        ("peft-lora", {"rank": 4, "basis": "full-p3"}, "`prep decompose --power 3 --store .*`"),
     ],
 )
 def test_exports_that_cannot_be_made(store, tmp_path, to, options, match):

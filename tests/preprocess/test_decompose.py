@@ -526,10 +526,10 @@ def test_the_command_that_a_damaged_basis_advises_works(llama, tmp_path, damage)
     else:
         next(folder.glob("*/U/c/0/0/0")).unlink()
     if damage != "chunk gone":
-        with pytest.raises(
-            StoreError, match=r"make it anew with `prep decompose --metric identity --select bottom --ov"
-        ):
+        with pytest.raises(StoreError) as refused:
             _ = prep.open_store(store).bases["identity-bottom"]
-    again = prep.decompose(store, metric="identity", select="bottom", rank=4, overwrite=True, quiet=True)
+        advised = f"`prep decompose --for milora --overwrite --store {store}`"
+        assert str(refused.value).endswith(f"make it anew with {advised}")
+    again = prep.decompose(store, for_="milora", rank=4, overwrite=True, quiet=True)
     assert again.hash == whole.hash and len(again.read()) == len(whole)
     assert prep.verify(store).findings == []
