@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def main() -> None:
     prep decompose                         their whitened SVD bases
     prep info                              what the store holds
     """
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line of an error
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line of an error
     # read when torch loads: its idle threads sleep, and leave the cores to those of products.py and workers.py
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

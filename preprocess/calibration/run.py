@@ -15,6 +15,7 @@ from ...store import Store, open_store
 from ...store.format.schema import content_hash
 from ...store.staging import beside, resolved
 from ..corpus.source import Source
+from ..hub import absolute_if_local
 from ..model import loading
 from ..model.network import Network
 from ..options import CovarianceOptions
@@ -46,7 +47,7 @@ class Run:
         chosen |= {"products": options.products} if options.products != "auto" else {}
         files = None
         if isinstance(options.model, str):
-            name = loading.absolute_if_local(options.model)
+            name = absolute_if_local(options.model)
             config = loading.load_config(name, options.revision, options.trust_remote_code)
             known = {"id": name, "revision": options.revision, "config_hash": loading.config_hash(config)}
             chosen["dtype"] = loading.resolved_dtype(

@@ -1,8 +1,11 @@
 """What errors advise: the shortest command, which works, and the nearest name."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -118,3 +121,38 @@ def test_mistyped_names_meet_the_nearest_one(calibrated):
         with pytest.raises(prep.PrepError, match=message) as error:
             act()
         assert "\n" not in str(error.value)
+
+
+# Names that are no path here
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "models/tiny"], "cannot load the model models/tiny: it is no directory here, and the hub was not"),
+        (["--model", "modle"], "cannot load the model modle: it is no directory here (did you mean 'model'?), and the"),
+        (["--model", "weights.safetensors"], "no model at weights.safetensors: give a directory with config.json"),
+        (
+            ["--data", "data/train"],
+            "data/train is no file or directory here, and the hub was not reached: check --",
+        ),
+        (["--data", "text.jsonlx"], "text.jsonlx is no file or directory here (did you mean 'text.jsonl'?), and the"),
+        (["--data", "data/train.jsonl.gz"], "no such file: data/train.jsonl.gz; check --data"),
+        (["--data", "./txt.jsonl"], "no such file: ./txt.jsonl (did you mean './text.jsonl'?); check --data"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_a_hub_that_is_not_reached_is_asked_once(calibrated, options, said):
+    """In one line: the retries of the hub's client would be others."""
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    command = [word for pair in ({"--model": "model", "--data": "text.jsonl"} | given).items() for word in pair]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "prep.cli", "covariance", *command, "--store", "none.zarr"],
+        cwd=calibrated,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Error: {said}") and len(done.stderr.splitlines()) == 1, done.stderr
