@@ -218,7 +218,7 @@ MISTAKES = {
     "no match": (["--data", "*.parquet"], "no file matches .*parquet: check --data"),
     "column": (["--text-column", "nope"], "--text-column names 'nope', but .* has the columns text, number"),
     "template": (["--template", "{nope}"], "--template names 'nope', but .* has the columns text, number"),
-    "chat": (["--chat-column", "text"], "the tokenizer has no chat template, which --chat-column text needs: give a --model"),
+    "chat": (["--chat-column", "text"], "the tokenizer has no chat template, which --chat-column text needs: "),
     "subset": (["--subset", "main"], "--subset main selects a part of a hub data set, but .*: leave it out"),
     "split": (["--split", "nope"], "has no split 'nope': choose with --split"),
     "empty": (["--data", "empty.jsonl"], "empty.jsonl holds no text: .* give other --data"),
