@@ -67,4 +67,18 @@ def _decompose(options: DecomposeOptions, world: World) -> BasisSet | None:
     with Decomposition(request, net, modules, world) as job:
         for done in job.layers():
             job.note(done)
-        return job.basis()
+        basis = job.basis()
+    if basis is not None and basis.method["metric"] == "components":
+        say(_reach(basis), options.quiet)
+    return basis
+
+
+def _reach(basis: BasisSet) -> str:
+    """How far an EVA basis reaches, whose ranks are redistributed when an adapter starts from it."""
+    held = basis.method["rank"]
+    if all(record.rank == min(record.shape) for record in basis.layers.values()):
+        return f"basis {basis.name} holds every component: an EVA start takes any r"
+    return (
+        f"basis {basis.name} holds {held} components: an EVA start redistributes ranks, for which r may be up to "
+        f"{held // 2} (rho 2), or {held} with rho 1"
+    )

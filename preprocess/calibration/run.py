@@ -21,6 +21,7 @@ from ..model.network import Network
 from ..options import CovarianceOptions
 
 _ARCHITECTURE = ("id", "revision", "config_hash")
+_FOLLOWS = ("corpus tokens:", "corpus hash:")  # from other options
 _WEIGHTS = "weights"  # entry of the model's description: a hash over those of all calibrated layers
 
 
@@ -165,7 +166,9 @@ def _refusal(options: CovarianceOptions, differences: list[str], own_batches: bo
             f"{options.store} was made from other weights than {options.model} has now: "
             "name another --store, or replace it with --overwrite"
         )
+    shown = [one for one in differences if not one.startswith(_FOLLOWS)] or differences
+    joined = " (`prep pool` joins the two)" if all(one.startswith("corpus ") for one in differences) else ""
     return (
-        f"{options.store} holds a run with other options ({'; '.join(differences)}): "
-        "name another --store, or replace it with --overwrite"
+        f"{options.store} holds a run with other options ({'; '.join(shown)}): "
+        f"name another --store{joined}, or replace it with --overwrite"
     )

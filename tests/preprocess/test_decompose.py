@@ -533,3 +533,17 @@ def test_the_command_that_a_damaged_basis_advises_works(llama, tmp_path, damage)
     again = prep.decompose(store, for_="milora", rank=4, overwrite=True, quiet=True)
     assert again.hash == whole.hash and len(again.read()) == len(whole)
     assert prep.verify(store).findings == []
+
+
+def test_an_eva_basis_says_up_to_which_rank_it_serves(llama, tmp_path, capsys):
+    store = shutil.copytree(llama.path, tmp_path / "s")
+    capsys.readouterr()
+    prep.decompose(store, for_="eva", rank=6, overwrite=True)
+    said = "basis eva holds 6 components: an EVA start redistributes ranks, for which r may be up to 3 (rho 2), or 6"
+    assert said in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(llama.model)
+    with pytest.raises(PrepError, match="rank 4 with rho 2 takes 8 components"):
+        prep.peft.get_model(model, store, "eva", r=4)
+    assert prep.peft.get_model(model, store, "eva", r=3)
+    prep.decompose(store, for_="eva", rank=256, overwrite=True)
+    assert "holds every component" in capsys.readouterr().err
