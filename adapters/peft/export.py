@@ -14,7 +14,6 @@ the others are safetensors. peft-lora is for the unmodified base and starts as i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from ...errors import PrepError, did_you_mean
 from ...store import BasisSet, Store, open_store
 from ...store.format.schema import disk_guard
+from ..files import written
 from . import eva
 from .lora import check_stored, describe, factors
 from .start import require_peft
@@ -160,10 +160,6 @@ def _write(target: Path, tensors: dict[str, Tensor], writer: Callable[[Any, Path
     size = sum(nbytes for nbytes in {value.data_ptr(): value.nbytes for value in tensors.values()}.values())
     with disk_guard(target.parent, size):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        try:
+        with written(target) as partial:
             writer(tensors, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
     return target

@@ -29,6 +29,7 @@ from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ..attach import find_layers, refuse_adapted
 from ..drift import by_hash, check_verify, check_weight
+from ..files import readable
 from . import eva
 from .lora import check_stored, describe, factors
 
@@ -43,6 +44,7 @@ INITS = {
     "lora": "",
 }
 _FORMS = ("lora", "residual")
+_WEIGHTS = "*model*.safetensors"  # as PEFT and transformers call them
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
         if as_ == "residual":
             raise PrepError("the base has no residual under this init: save with as_='lora'")
         model.save_pretrained(path)
+        readable(Path(path), _WEIGHTS)
         return
     layers = {layer: model.get_submodule(f"base_model.model.{layer}") for layer in start.factors}
     if any(module.merged for module in layers.values()):
@@ -155,6 +158,7 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
         model.save_pretrained(path, selected_adapters=[start.adapter], state_dict=state)
     finally:
         model.peft_config[start.adapter] = config
+    readable(Path(path), _WEIGHTS)
 
 
 def open_basis(store: Store, init: str, basis: str | None = None) -> BasisSet:
@@ -303,3 +307,4 @@ def _save_base(base: nn.Module, path: Path) -> None:
                 key = key.replace(wrapper, ".")
             state[key] = value
     base.save_pretrained(path, state_dict=state)  # type: ignore[operator]
+    readable(path, _WEIGHTS)
