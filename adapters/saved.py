@@ -77,7 +77,7 @@ def load(
     store: str | Path | Store | None = None,
     verify: bool | str = True,
 ) -> Adapter:
-    """Adapt the model as `save` wrote it. Strict: every layer, shape, parameter and base weight must agree.
+    """Adapt the model as `save` wrote it to `path`. Strict: every layer, shape, parameter and base weight must agree.
 
     core: the class of a user's own core; nothing is imported by a name that the file gives. store: where the basis is,
     if the file holds only a reference to it. verify: check the base weights, as in `attach`.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..store import BasisSet, open_store
+from ..store import BasisSet, Store, open_store
 from .decomposition.job import Decomposition
 from .decomposition.request import is_made, load_layers, made_already, open_request
 from .distributed import World, joined
@@ -19,7 +19,7 @@ from .progress import say
 
 
 def decompose(
-    store: str | Path = "prep.zarr",
+    store: str | Path | Store = "prep.zarr",
     *,
     for_: str | None = None,
     name: str | None = None,
@@ -32,7 +32,7 @@ def decompose(
     select: str | None = None,
     solver: str = "auto",
     dtype: str | torch.dtype = "float32",
-    model: str | nn.Module | None = None,
+    model: str | Path | nn.Module | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     break_lock: bool = False,
@@ -42,10 +42,21 @@ def decompose(
 ) -> BasisSet | None:
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
 
-    for_: a published method (a row of PUBLISHED); metric, power, select and center override its choices. model: a path,
-    hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With metric
-    identity and `model`, no store need exist. A basis that is there with the same options is returned, an incomplete
-    one resumed; another one is refused, or with `overwrite` replaced when the new one is complete.
+    store: its path, URL, or the opened store.
+    for_: a published method, such as "corda_ipm" (a row of PUBLISHED): its metric, power, select and center.
+    name: of the basis, by default made of metric, power and select.
+    metric: full, diagonal or identity: the SVD of W M with M = C^a, diag(C)^a or I. power: the a, by default 0.5.
+    damping: C + damping mean(diag C) I, by default 0.001. epsilon: C + epsilon I instead. center: C without the mean.
+    rank: directions to keep, clipped per layer. select: the top, the bottom, or those of the largest activation.
+    solver: exact, the float64 Gram route; svd, a float64 SVD of W M; randomized, within 1e-3 of the optimum; or auto.
+    dtype: of stored U and P, by name or as a torch.dtype.
+    model: a path, hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With
+    metric identity and `model`, no store need exist. revision: of `model` on the hub. trust_remote_code: run code from
+    its repository.
+    quiet: print errors only. break_lock: take a writer's lock that another machine has left behind.
+
+    A basis that is there with the same options is returned, an incomplete one resumed; another one is refused, or with
+    `overwrite` replaced when the new one is complete.
 
     distributed: every process of a torchrun job, or of an initialised torch.distributed, calls it alike, sees the store
     and takes some of the layers; rank 0 returns the basis, the others None.

@@ -5,6 +5,7 @@ Nothing heavy is imported, so that the command line starts at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ class CovarianceOptions:
     every: float = field(init=False)  # checkpoint_every in seconds
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", _uncompiled(self.model))
+        object.__setattr__(self, "model", _as_given(self.model))
+        object.__setattr__(self, "data", _as_given(self.data))
         object.__setattr__(self, "budget", parse_size(self.memory_budget))
         asked = self.device_memory
         given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
@@ -141,14 +143,15 @@ class DecomposeOptions:
     distributed: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", _uncompiled(self.model))
+        object.__setattr__(self, "model", _as_given(self.model))
+        object.__setattr__(self, "store", getattr(self.store, "location", self.store))  # of an opened one
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
 
 
-def _uncompiled(model: Any) -> Any:
-    """The module that `torch.compile` wrapped; anything else as it is."""
-    return getattr(model, "_orig_mod", model)
+def _as_given(value: Any) -> Any:
+    """A path as text, the module that `torch.compile` wrapped; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "_orig_mod", value)
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -25,9 +25,11 @@ from zarr.storage import LocalStore
 from ..commands import decompose_command, missing_basis
 from ..errors import StoreError
 from .basis import BasisSet, LayerRecord, Place, checksums, group_arrays, group_key
+from .display import html_table
 from .format import schema
 from .staging import one_line, remove_all, swap
 
+_COLUMNS = ("basis", "status", "metric", "power", "select", "rank", "layers")
 FLUSH_SECONDS = 1.0
 FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer
 
@@ -70,6 +72,21 @@ class Bases(Mapping[str, BasisSet]):
             with contextlib.suppress(KeyError, TypeError, ValueError, StoreError):
                 return BasisSet(name, schema.child(self._root, f"bases/{_new(name)}"))
         return None
+
+    def __repr__(self) -> str:
+        return f"Bases({', '.join(self.names) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the method of every basis."""
+        return html_table(f"{len(self.names)} bases", _COLUMNS, (self._row(name) for name in self.names), len(self))
+
+    def _row(self, name: str) -> list[object]:
+        try:
+            basis = self.open(name)
+        except StoreError as error:
+            return [name, str(error)]
+        method = basis.method
+        return [name, basis.status, method["metric"], *(method.get(key, "") for key in _COLUMNS[3:6]), len(basis)]
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

@@ -22,7 +22,7 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
 
     Raises StoreError where there is no store.
     """
-    store = store if isinstance(store, Store) else open_store(store)
+    store = open_store(store.location if isinstance(store, Store) else store)  # as it is by now
     groups: dict[str, dict[str, Any]] = {}
     summary = None
     if store.corpus is not None and store.status == "complete":

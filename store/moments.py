@@ -18,6 +18,7 @@ import zarr
 from torch import Tensor
 
 from ..errors import StoreError, did_you_mean
+from .display import html_table
 from .format import schema
 from .format.arrays import OTHER_VERSION, Region
 from .format.documents import check_size
@@ -85,6 +86,11 @@ class LayerMoment:
 
     def __repr__(self) -> str:
         return f"LayerMoment({self.layer!r}, kind={self.kind!r}, d_in={self.shape[1]}, count={self.count:,})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the layers that share the site."""
+        rows = ((name, "{} x {}".format(*member["shape"])) for name, member in self.members.items())
+        return html_table(repr(self), ("layer", "shape"), rows, len(self.members))
 
     @property
     def second_moment(self) -> Tensor:
@@ -170,6 +176,17 @@ class Moments(Mapping[str, LayerMoment]):
         if set(moment.members) != set(self.sites[site]):
             raise StoreError(f"{self._group.store_path}/{site} lists other members than /moments: it is damaged")
         return moment
+
+    def __repr__(self) -> str:
+        return f"Moments({len(self)} layers, {len(self.sites)} sites)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the sites and the layers that share them."""
+        return html_table(repr(self), ("site", "layers that share it"), self._rows(), len(self.sites))
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        for site, layers in self.sites.items():
+            yield site, ", ".join(layer.rpartition(".")[2] for layer in layers)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._site_of

@@ -52,9 +52,10 @@ def export(
 ) -> Path:
     """Write what `to` names (a row of BASES) to `path`: a directory for peft-lora, a file otherwise.
 
+    store: its path, URL, or the opened store. basis: its name, by default that of the form.
     rank: the r of the LoraConfig that will read it, needed for peft-corda, peft-eva and peft-lora; for safetensors all
     that is stored by default. lora_alpha: of peft-lora, the rank by default. rho: of EVA's redistribution of ranks, 1
-    for none.
+    for none. overwrite: replace what is at `path`.
 
     PrepError or StoreError before anything is written: unknown form, a path that is taken, a missing basis or one of
     the wrong sort, a rank that is not stored, layers without a full second moment (peft-corda-covariance).

@@ -71,6 +71,7 @@ def get_model(
 ) -> Any:
     """The model as a PEFT `PeftModel` whose LoRA weights start from the store; the model itself is changed, as by PEFT.
 
+    store: its path, URL, or the opened store. r, lora_alpha, adapter_name, autocast_adapter_dtype: as in PEFT.
     init: a row of INITS. basis: another basis of the store than the init's own. verify: check that the basis was made
     from this model's weights. lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the layers
     of the basis. `save` writes what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual, and
