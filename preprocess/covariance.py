@@ -5,6 +5,7 @@ C = E[x x^T] over the real tokens, uncentred, with the mean beside it, per site 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from ..errors import PrepError
 from ..store import Store, open_store
 from ..store.format.schema import is_url
-from .calibration.estimate import Estimate, estimate
+from .calibration.estimate import Estimate, announce, estimate
 from .calibration.job import Calibration
 from .calibration.run import Run, finished
 from .corpus.source import Mask, Text, open_source
@@ -29,7 +30,7 @@ from .progress import say
 
 def covariance(
     model: str | Path | nn.Module,
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str] | Mapping[str, float] | None = None,
     *,
     batches: Iterable[Any] | None = None,
     mask: Mask | None = None,
@@ -69,7 +70,8 @@ def covariance(
     """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
 
     model: a path or hub id, or a module, which is calibrated on `batches`.
-    data: a hub id, a .jsonl .json .parquet .csv .txt file, or a glob of files.
+    data: a hub id, a .jsonl .json .parquet .csv .txt file (.gz, .zst too), or a glob of files. Of several, in a list or
+    a dictionary with weights, {"a.jsonl": 2, "b.jsonl": 1}, sequences are taken in proportion (see corpus/mixture.py).
     batches: instead of `data`, an iterable of dictionaries, tuples or tensors that the model is called with.
     mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's `attention_mask`.
     store: the path to write to.
@@ -107,17 +109,20 @@ def covariance(
 
 
 def _calibrate(options: CovarianceOptions, world: World) -> Store | Estimate | None:
+    begun = time.monotonic()
     world.on_all(_check, options, world, world.all_gather(visible_devices()))
     source = world.on_all(open_source, options)
     run = world.on_all(Run.of, options, source)
-    if not options.dry_run:
+    if isinstance(source, Text) and options.dry_run:
+        announce(options, source)
+    else:
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
             return open_store(options.store) if world.rank == 0 else None
     module = world.on_all(_load, options, world)
     network = world.on_all(observe, module, source, options)
     if isinstance(source, Text) and options.dry_run:
-        return estimate(options, network, source)
+        return estimate(options, network, source, time.monotonic() - begun)
     with Calibration(options, run, network, source, world) as job:
         for part in job.parts():
             with part.hooked():

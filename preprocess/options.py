@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrepError
-from ..units import blocks_as_text, parse_blocks, parse_seconds, parse_size
-from .numerics.methods import MOMENT_KINDS, one_of
+from ..units import blocks_as_text, parse_blocks, parse_mixture, parse_seconds, parse_size
+from .numerics.methods import MOMENT_KINDS, PUBLISHED, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class CovarianceOptions:
     """What `covariance` was asked for, checked as far as options alone can be. The fields are the verb's arguments."""
 
     model: str | nn.Module
-    data: str | None = None
+    data: str | Sequence[str] | Mapping[str, float] | None = None
     batches: Iterable[Any] | None = None
     mask: Mask | None = None
     store: str | Path = "prep.zarr"
@@ -72,6 +72,7 @@ class CovarianceOptions:
     budget: int = field(init=False)  # memory_budget in bytes
     room: int | None = field(init=False)  # device_memory in bytes
     every: float = field(init=False)  # checkpoint_every in seconds
+    sources: tuple[tuple[str, int], ...] = field(init=False)  # of `data`, with their weights
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _as_given(self.model))
@@ -81,9 +82,13 @@ class CovarianceOptions:
         given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
         object.__setattr__(self, "room", None if given is None else int(given))
         object.__setattr__(self, "every", parse_seconds(self.checkpoint_every))
+        object.__setattr__(self, "sources", () if self.data is None else parse_mixture(self.data))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            patterns = {value} if isinstance(value, str) else set(value)  # their order makes no difference
+            object.__setattr__(self, name, tuple(sorted(patterns)))
+        if tuple(self.targets) == ("all-linear",):  # what is done by default
+            object.__setattr__(self, "targets", ())
         if self.layers is not None:
             object.__setattr__(self, "layers", blocks_as_text(parse_blocks(self.layers)))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -123,7 +128,7 @@ class DecomposeOptions:
     """What `decompose` was asked for. The fields are the verb's arguments."""
 
     store: str | Path = "prep.zarr"
-    for_: str | None = None
+    for_: str | Sequence[str] | None = None
     name: str | None = None
     metric: str | None = None
     power: float | None = None
@@ -141,16 +146,33 @@ class DecomposeOptions:
     trust_remote_code: bool = False
     quiet: bool = False
     distributed: bool = False
+    methods: tuple[str | None, ...] = field(init=False)  # of `for_`; None for that of the other options
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _as_given(self.model))
         object.__setattr__(self, "store", getattr(self.store, "location", self.store))  # of an opened one
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
+        given = [self.for_] if isinstance(self.for_, str) else self.for_ or ()
+        names = [name.strip() for one in given for name in one.split(",")]
+        for name in names:
+            one_of("--for", name, tuple(PUBLISHED))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(names)) or (None,))
+        if self.name is not None and len(self.methods) > 1:
+            raise PrepError(f"--name {self.name} cannot name the bases of {len(self.methods)} methods: leave it out")
+
+    @property
+    def several(self) -> bool:
+        """Whether bases were asked for as a list, or joined by commas."""
+        return self.for_ is not None and (not isinstance(self.for_, str) or "," in self.for_)
 
 
 def _as_given(value: Any) -> Any:
-    """A path as text, the module that `torch.compile` wrapped; anything else as it is."""
+    """Paths as text, also in a list or as keys, and the module that `torch.compile` wrapped; else the value."""
+    if isinstance(value, (list, tuple)):
+        return [_as_given(one) for one in value]
+    if isinstance(value, Mapping):
+        return {_as_given(name): weight for name, weight in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "_orig_mod", value)
 
 

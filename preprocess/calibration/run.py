@@ -88,12 +88,13 @@ class Run:
         """How the run that a store describes differs from this one; for a store of bases only, how its model does."""
         model, options = {**self.model, "revision": self.revision}, {"products": None, **self.options}
         wanted = {"model": model, "corpus": self.corpus, "options": options}
-        if store.corpus is None:
+        there = {**store.attrs, **_removed(store)}
+        if there["corpus"] is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
         different = []
         for section, values in wanted.items():
             for key, value in values.items():
-                known = store.attrs[section].get(key)
+                known = there[section].get(key)
                 unknown = (key == "revision" and value is None) or (key == _WEIGHTS and known is None)
                 if known != value and not unknown:
                     different.append(f"{section} {key}: {known!r} there, {value!r} asked for")
@@ -123,7 +124,8 @@ def find(options: CovarianceOptions, run: Run) -> tuple[Path, Store | None]:
     if existing is None:
         return place, None
     differences = run.differences(existing)
-    own_batches = existing.corpus is not None and run.corpus["source"] == "batches"
+    held = "moments" if existing.corpus is not None else "bases of removed moments" if _removed(existing) else ""
+    own_batches = held if run.corpus["source"] == "batches" else ""
     if not options.overwrite:
         if differences or own_batches:
             raise PrepError(_refusal(options, differences, own_batches))
@@ -144,6 +146,11 @@ def _is_resumable(store: Store, run: Run) -> bool:
     return text and store.status != "complete" and store.corpus is not None and not run.differences(store)
 
 
+def _removed(store: Store) -> dict[str, Any]:
+    """Corpus, options and id of moments that `prep remove` took out of a store."""
+    return store.attrs.get("removed") or {}
+
+
 def is_done(store: Store) -> bool:
     """Whether a store of this run needs nothing more."""
     return store.status == "complete" and store.corpus is not None
@@ -155,10 +162,11 @@ def _store_at(path: Path) -> Store | None:
     return open_store(path)
 
 
-def _refusal(options: CovarianceOptions, differences: list[str], own_batches: bool) -> str:
+def _refusal(options: CovarianceOptions, differences: list[str], own_batches: str) -> str:
+    """own_batches: what the store holds that batches cannot be compared with."""
     if own_batches:
         return (
-            f"{options.store} holds moments, and batches cannot be compared with theirs: "
+            f"{options.store} holds {own_batches}, and batches cannot be compared with theirs: "
             "name another store, or replace it with overwrite=True"
         )
     if all(one.startswith(f"model {_WEIGHTS}") for one in differences):

@@ -6,7 +6,7 @@ One thread per layer beats many threads per matrix at these sizes; a site's seco
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -18,22 +18,31 @@ from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store import LayerMoment, Moments
 from ..memory import free_memory
-from ..numerics.methods import Method
+from ..numerics.methods import Method, check
 from ..numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
 
 
 def decomposed(
-    moments: Moments | None, modules: Mapping[str, nn.Module], method: Method, processes: int = 1
-) -> Iterator[tuple[str, Tensor, WhitenedSVD]]:
-    """(layer, W (d_out, d_in), result) as they are done; at most two sites per worker are held in memory.
+    moments: Moments | None,
+    modules: Mapping[str, nn.Module],
+    methods: Mapping[str, Method],
+    wanted: Mapping[str, Sequence[str]],
+    processes: int = 1,
+) -> Iterator[tuple[str, str, Tensor, WhitenedSVD]]:
+    """(name, layer, W (d_out, d_in), result) as they are done; at most two sites per worker are held in memory.
 
-    moments: of the layers' inputs, None where the method needs none. processes: how many share the machine's cores.
-    PrepError names the layer that failed.
+    moments: of the layers' inputs, None where no method needs them. methods: by the name of their basis; wanted: layer
+    -> names of the bases that it is decomposed for. processes: how many share the machine's cores. PrepError names the
+    layer that failed.
     """
-    sites = _by_site(moments, modules)
+    sites = _by_site(moments, modules, wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes)
-    room = free_memory() // processes // max((_memory(moments, site, modules) for site in sites), default=1)
+    room = (
+        free_memory()
+        // processes
+        // max((_memory(moments, site, modules, methods, wanted) for site in sites), default=1)
+    )
     workers = max(1, min(cores, len(sites), room))
     queue = iter(sites)
     running: set[Future] = set()
@@ -41,7 +50,7 @@ def decomposed(
         try:
             while True:
                 while len(running) < 2 * workers and (site := next(queue, None)) is not None:
-                    running.add(pool.submit(_decompose_site, moments, site, modules, method))
+                    running.add(pool.submit(_decompose_site, moments, site, modules, methods, wanted))
                 if not running:
                     return
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
@@ -52,24 +61,40 @@ def decomposed(
                 future.cancel()
 
 
-def _by_site(moments: Moments | None, modules: Mapping[str, nn.Module]) -> list[list[str]]:
+def _by_site(
+    moments: Moments | None, modules: Mapping[str, nn.Module], wanted: Mapping[str, Sequence[str]]
+) -> list[list[str]]:
     """Layers grouped by the moment they share, the most expensive first, so that the threads end together."""
     if moments is None:
-        groups = [[layer] for layer in modules]
+        groups = [[layer] for layer in wanted]
     else:
-        groups = [[layer for layer in site if layer in modules] for site in moments.sites.values()]
+        groups = [[layer for layer in site if layer in wanted] for site in moments.sites.values()]
 
     def work(layers: list[str]) -> int:
-        return sum(cost(layer_shape(modules[layer])) for layer in layers)
+        return sum(cost(layer_shape(modules[layer])) * len(wanted[layer]) for layer in layers)
 
     return sorted((group for group in groups if group), key=work, reverse=True)
 
 
-def _memory(moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module]) -> int:
-    """Bytes that a worker takes for a site: its moment and a copy, and of the largest layer W, P and their products."""
+def _memory(
+    moments: Moments | None,
+    layers: list[str],
+    modules: Mapping[str, nn.Module],
+    methods: Mapping[str, Method],
+    wanted: Mapping[str, Sequence[str]],
+) -> int:
+    """Bytes that a worker takes for a site: its moment and a copy, of the largest layer W, P and their products, and
+    the bases of all layers beyond the first of each.
+    """
     shapes = [layer_shape(modules[layer]) for layer in layers]
     d_in, full = shapes[0][1], moments is not None and moments[layers[0]].kind == "full"
-    return 8 * (2 * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes))
+    work = 2 * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes)
+    more = sum(
+        min(methods[name].rank, *shape) * sum(shape)
+        for layer, shape in zip(layers, shapes, strict=True)
+        for name in wanted[layer][1:]
+    )
+    return 8 * (work + more)
 
 
 def cost(shape: tuple[int, int]) -> int:
@@ -79,20 +104,29 @@ def cost(shape: tuple[int, int]) -> int:
 
 
 def _decompose_site(
-    moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], method: Method
-) -> list[tuple[str, Tensor, WhitenedSVD]]:
-    """All layers of one site, the second moment read once."""
+    moments: Moments | None,
+    layers: list[str],
+    modules: Mapping[str, nn.Module],
+    methods: Mapping[str, Method],
+    wanted: Mapping[str, Sequence[str]],
+) -> list[tuple[str, str, Tensor, WhitenedSVD]]:
+    """All bases of all layers of one site, the second moment read once, when it is first needed."""
     shared: InputStatistics | None = None
     results = []
     for layer in layers:
-        stored = moments[layer] if moments is not None else None
-        if stored is not None and (shared is None or stored.kind == "output"):
-            shared = _moment(stored)
+        if shared is not None and shared.kind == "output":  # of one layer only
+            shared = None
         W = weight_matrix(modules[layer])
-        try:
-            results.append((layer, W, whitened_svd(W.to("cpu", torch.float64).numpy(), shared, method)))
-        except PrepError as error:
-            raise PrepError(f"{layer}: {error}") from error
+        dense = W.to("cpu", torch.float64).numpy()
+        for name in wanted[layer]:
+            method = methods[name]
+            needed = moments is not None and check(None, method) is not None
+            if needed and shared is None:
+                shared = _moment(moments[layer])  # type: ignore[index]
+            try:
+                results.append((name, layer, W, whitened_svd(dense, shared if needed else None, method)))
+            except PrepError as error:
+                raise PrepError(f"{layer}: {error}") from error
     return results
 
 

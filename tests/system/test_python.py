@@ -57,6 +57,8 @@ def test_own_types_become_those_of_the_command():
     options = CovarianceOptions(Path("m"), Path("d"), layers=range(3), dtype=torch.bfloat16, memory_budget="8GiB")
     assert (options.model, options.data, options.layers, options.dtype) == ("m", "d", "0-2", "bfloat16")
     assert options.budget == 2**33 and DecomposeOptions(dtype=torch.float16).dtype == "float16"
+    assert CovarianceOptions("m", [Path("a"), "b"]).data == ["a", "b"]
+    assert CovarianceOptions("m", {Path("a"): 2, "b": 1}).data == {"a": 2, "b": 1}
     module = nn.Linear(2, 2)
     module.location = "not a store"
     assert DecomposeOptions(model=module).model is module
