@@ -46,8 +46,8 @@ def decompose(
 
     store: its path, URL, or the opened store.
     for_: a published method, such as "corda_ipm" (a row of PUBLISHED), whose metric, power, select and center are
-    fixed. Of several, in a list or joined by commas, the bases are made with one load of the model and one reading of each
-    moment, and returned as a list in their order; methods that share a basis return it alike.
+    fixed. Of several, in a list or joined by commas, the bases are made with one load of the model and one reading of
+    each moment, and returned as a list in their order; methods that share a basis return it alike.
     name: of the basis, by default made of metric, power and select.
     metric: full, diagonal or identity: the SVD of W M with M = C^a, diag(C)^a or I. power: the a, by default 0.5.
     damping: C + damping mean(diag C) I, by default 0.001. epsilon: C + epsilon I instead. center: C without the mean.
