@@ -30,9 +30,9 @@ class Interrupted(KeyboardInterrupt):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the nearest known word, or one that ends with this one; nothing where none is near.
 
-    Words that differ in their digits only are no slip of the pen.
+    Digits are meant as they are: neither another number nor another size is a slip of the pen.
     """
-    letters = re.sub(r"\d", "", word)
-    words = [other for other in known if re.sub(r"\d", "", other) != letters or other == word]
-    meant = get_close_matches(word, words, 1, 0.7) or [other for other in words if word and other.endswith(f".{word}")]
+    words, digits = list(known), re.sub(r"\D", "", word)
+    alike = [other for other in words if re.sub(r"\D", "", other) == digits]
+    meant = get_close_matches(word, alike, 1, 0.7) or [other for other in words if word and other.endswith(f".{word}")]
     return f" (did you mean {meant[0]!r}?)" if meant else ""

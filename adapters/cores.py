@@ -36,7 +36,7 @@ class Core(nn.Module):
             if name not in defaults:
                 known = ", ".join(f"{key}={default!r}" for key, default in defaults.items()) or "none"
                 meant = did_you_mean(name, defaults)
-                raise PrepError(f"the core {type(self).__name__} has no option {name!r}{meant}: it has {known}")
+                raise PrepError(f"the core {type(self).__name__} has no option {name!r} (it has: {known}){meant}")
             kind = type(defaults[name])
             value = float(value) if kind is float and type(value) is int else value
             if defaults[name] is not None and type(value) is not kind:

@@ -7,11 +7,10 @@ The model is a small Qwen3 with the tokenizer of SmolLM2 (see smollm2.py), train
 weights on texts that come with Python, so that no hub is needed.
 """
 
-import importlib
+import importlib.util
 import inspect
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -30,12 +29,14 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
 }
+NOTICES = ("Loading weights", "Failed to load CPU gemm", "{'")
 STEPS, ROWS, LENGTH = 150, 8, 128  # of the training from random weights
 
 HEAD = f"""# The first hour
 
 A model of your own, from its text to a store that others use. Written by `python examples/first_hour.py`, which ran
-every block below in an empty directory and put its output under it as it was, with `~/hour` for the directory.
+every block below in an empty directory and put its output under it as it was, with `~/hour` for the directory and
+without the notices of other libraries.
 
 The model, `qwen`, is a Qwen3 of four blocks (hidden 256, inputs of up to 768, q and k normalised, keys shared by two
 heads, tied embeddings) with the tokenizer of SmolLM2. It was trained from random weights for {STEPS} steps of
@@ -111,10 +112,9 @@ SECTIONS: list[tuple[str, list[str] | tuple[str, str]]] = [
         "## Decompose\n\nOnce, for every method that may be wanted. A slip of the pen meets the nearest name:",
         [
             "prep decompose --for corda_imp",
-            "prep decompose --for corda_ipm --rank 64",
+            "prep decompose --for corda_ipm,pissa --rank 64",
             "prep decompose --for whitened",
             "prep decompose --for eva --rank 32",
-            "prep decompose --for pissa --rank 64",
         ],
     ),
     ("What is there now:", ["prep info"]),
@@ -176,7 +176,7 @@ def printed(command: str, home: Path) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **QUIET}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(["bash", "-c", command], cwd=home, env=environment, **pipes)
-    kept = [line for line in done.stdout.splitlines() if not line.startswith(("Loading weights", "{'"))]
+    kept = [line for line in done.stdout.splitlines() if not line.startswith(NOTICES)]
     return "\n".join(kept).replace(str(home), "~/hour").rstrip()
 
 
@@ -193,7 +193,7 @@ def docstrings() -> set[str]:
     """The documentation of the public functions and classes of Python's modules."""
     found = set()
     for name in sorted(sys.stdlib_module_names - {"antigravity", "this", "idlelib", "turtledemo", "test"}):
-        if name.startswith("_") or not pkgutil.find_loader(name):
+        if name.startswith("_") or importlib.util.find_spec(name) is None:
             continue
         try:
             module = importlib.import_module(name)

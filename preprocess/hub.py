@@ -55,8 +55,11 @@ def unreachable(name: str, kind: str) -> bool:
 def nearest_path(name: str) -> str:
     """` (did you mean 'x'?)` with what is in the same folder under the nearest name; nothing where none is near."""
     folder, last = os.path.split(name.rstrip("/"))
-    try:
-        there = os.listdir(folder or ".")
+    stem, _ = os.path.splitext(last)
+    try:  # an ending in common makes no name near
+        there = {os.path.splitext(other)[0]: other for other in sorted(os.listdir(folder or "."))}
     except OSError:
         return ""
-    return did_you_mean(last, there).replace("'", f"'{os.path.join(folder, '')}", 1)
+    meant = did_you_mean(stem, there)
+    found = next((other for other_stem, other in there.items() if f" {other_stem!r}?" in meant), "")
+    return f" (did you mean {os.path.join(folder, found)!r}?)" if found else ""

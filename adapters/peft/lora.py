@@ -39,8 +39,7 @@ def check_stored(bases: BasisSet, ranks: Mapping[str, int]) -> None:
         record = bases.layers[layer]
         if rank < 1 or rank > min(record.shape):
             raise PrepError(
-                f"rank {rank} does not fit {layer}, which has 1 to {min(record.shape)}: lower it (get_model's "
-                "rank_pattern does so for one layer)"
+                f"rank {rank} does not fit {layer}, which has 1 to {min(record.shape)}: lower it or set rank_pattern"
             )
         if rank > record.rank:
             raise PrepError(
