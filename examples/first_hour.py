@@ -117,7 +117,11 @@ SECTIONS: list[tuple[str, list[str] | tuple[str, str]]] = [
             "prep decompose --for eva --rank 32",
         ],
     ),
-    ("What is there now:", ["prep info"]),
+    (
+        "What is there now. The activations of a model that was hardly trained lie in few directions: the bases that know\n"
+        "of them, all but `identity`, keep nearly all of the energy.",
+        ["prep info"],
+    ),
     (
         "## Train with PEFT\n\nThree starts on the same rows, with the Trainer of transformers. `train.py`:",
         ("train.py", TRAIN),
@@ -153,7 +157,7 @@ def main() -> None:
             make_model(home / "qwen", texts)
         page = HEAD
         for prose, what in SECTIONS:
-            page += f"\n{prose}\n\n{run(what, home)}"
+            page += f"\n{prose}\n\n{run(what, home).rstrip()}\n"
             print(page.rsplit("\n## ", 1)[-1], flush=True)
     PAGE.write_text(page)
     print(f"written: {PAGE}")

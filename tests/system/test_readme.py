@@ -136,5 +136,22 @@ def test_commands_within_the_text_have_the_options_they_name(page):
                 assert not name.isalpha(), f"{page}: {command}"
 
 
+def test_the_first_hour_is_that_of_its_script(monkeypatch):
+    """The page holds every step of examples/first_hour.py in order, and no step has failed by surprise."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = runpy.run_path(str(ROOT / "examples" / "first_hour.py"))
+    page = (ROOT / "docs" / "first-hour.md").read_text()
+    rest = page.removeprefix(script["HEAD"])
+    assert rest != page
+    for prose, what in script["SECTIONS"]:
+        commands = what if isinstance(what, list) else [f"python {what[0]}"]
+        code = [] if isinstance(what, list) else [f"```python\n{what[1].strip()}\n```"]
+        for part in (prose, *code, *(f"```sh\n{command}\n```" for command in commands)):
+            before, found, rest = rest.partition(part)
+            assert found and "Traceback" not in before, part
+    assert [line for line in page.splitlines() if line.startswith("Error: ")] == re.findall("Error: --for 'cor.*", page)
+    assert str(Path.home()) not in page
+
+
 def test_the_readme_fits_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 137
