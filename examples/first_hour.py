@@ -64,8 +64,15 @@ for init in ("lora", "corda_ipm", "whitened"):
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            f"runs/{init}", max_steps=24, per_device_train_batch_size=8, learning_rate=5e-4, save_strategy="no",
-            report_to=[], disable_tqdm=True, logging_strategy="no", use_cpu=True,
+            f"runs/{init}",
+            max_steps=24,
+            per_device_train_batch_size=8,
+            learning_rate=5e-4,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            use_cpu=True,
         ),
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
@@ -118,8 +125,8 @@ SECTIONS: list[tuple[str, list[str] | tuple[str, str]]] = [
         ],
     ),
     (
-        "What is there now. The activations of a model that was hardly trained lie in few directions: the bases that know\n"
-        "of them, all but `identity`, keep nearly all of the energy.",
+        "What is there now. The activations of a model that was hardly trained lie in few directions: the bases that\n"
+        "know of them, all but `identity`, keep nearly all of the energy.",
         ["prep info"],
     ),
     (
