@@ -212,7 +212,7 @@ def test_a_basis_damaged_by_hand_is_marked_and_made_anew(store, damage):
     assert facts["bases"]["full"] == {"status": problem.split(",")[0], "problem": problem}
     assert facts["bases"]["identity"]["status"] == "complete"
     lines = invoke("info", "--store", store).stdout.splitlines()
-    advice = "make it anew with `prep decompose`, or `prep remove full`"
+    advice = f"make it anew with `prep decompose --store {store}`, or `prep remove full --store {store}`"
     assert f"damaged  basis full: it is {problem}; {advice}" in lines
     assert lines[-1].endswith('basis="identity")')
     rest = open_store(store).bases
@@ -247,7 +247,7 @@ def test_moments_damaged_by_hand_are_marked(store):
     lines = invoke("info", "--store", store).stdout.splitlines()
     [line] = [line for line in lines if line.startswith("damaged")]
     assert line.startswith("damaged  the moments, 0 MB: the moments of model.layers.0.mlp.down_proj are missing")
-    assert line.endswith("or `prep remove --moments`")
+    assert line.endswith(f"or `prep remove --moments --store {store}`")
     prep.remove(store, moments=True)
     assert open_store(store).bases.names == ["full", "identity", "diagonal"]
     assert verify(store).findings == []
