@@ -54,6 +54,7 @@ def covariance(
     device: str | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
+    halves: bool = True,
     compat: str | None = None,
     memory_budget: int | str = "8GB",
     device_memory: int | str | None = None,
@@ -80,6 +81,9 @@ def covariance(
     Accumulators beyond `memory_budget` are made in several passes. Those of layers on a GPU are kept there, as far as
     `device_memory` (by default what a batch leaves free) allows; products="exact" multiplies half-precision
     activations in float32 there.
+
+    halves: the moments of the first half of the tokens are kept beside those of all (float32), which `evaluate` needs
+    to say what more data would gain; batches whose number is not known have none.
 
     compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
     the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.

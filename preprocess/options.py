@@ -57,6 +57,7 @@ class CovarianceOptions:
     device: str | None = None
     device_map: str | Mapping[str, int | str] | None = None
     max_memory: str | Mapping[int | str, int | str] | None = None
+    halves: bool = True
     compat: str | None = None
     memory_budget: int | str = "8GB"
     device_memory: int | str | None = None

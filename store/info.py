@@ -71,7 +71,7 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
 
 
 def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]) -> dict[str, Any]:
-    key = _pattern(layer)
+    key = pattern(layer)
     key = key if groups.get(key, {"shape": shape})["shape"] == shape else layer
     group = groups.setdefault(key, {"layers": [], "shape": shape, "moment": None, "tokens": None, "energy": {}})
     if layer not in group["layers"]:
@@ -126,7 +126,7 @@ def table(facts: dict[str, Any]) -> list[str]:
                     "" if basis["bytes"] is None else f"{basis['bytes'] / 1e6:,.0f}",
                 ]
             )
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]
     for name, group in facts["layers"].items():
@@ -135,8 +135,8 @@ def table(facts: dict[str, Any]) -> list[str]:
         energy = group["energy"]
         energies.append([name, *(f"{energy[basis]:.3f}" if basis in energy else "" for basis in bases)])
     if len(layers) > 1:
-        lines += ["", *_aligned(layers)]
-    lines += ["", *_aligned(energies)] if bases else []
+        lines += ["", *aligned(layers)]
+    lines += ["", *aligned(energies)] if bases else []
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a store may hold escape codes
 
 
@@ -163,18 +163,19 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
     """Layers with the reason, one line for those that differ in their numbers only."""
     groups: dict[tuple[str, str], list[str]] = {}
     for layer, reason in skipped.items():
-        groups.setdefault((_pattern(layer), reason), []).append(layer)
+        groups.setdefault((pattern(layer), reason), []).append(layer)
     return [
         f"{layers[0]}: {reason}" if len(layers) == 1 else f"{pattern} ({len(layers)}): {reason}"
         for (pattern, reason), layers in groups.items()
     ]
 
 
-def _pattern(layer: str) -> str:
+def pattern(layer: str) -> str:
+    """The kind of a layer: its name with a star for every number."""
     return ".".join("*" if part.isdigit() else part for part in layer.split("."))
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Columns aligned: the first to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [all(row[i][:1].isdigit() or not row[i] for row in rows[1:]) for i in range(len(rows[0]))]

@@ -51,7 +51,8 @@ def estimate(options: CovarianceOptions, network: Network, source: Text) -> Esti
     """Run the first batch through every pass, twice, and extrapolate. Nothing is stored."""
     devices, limit = place_sums(network, source, options.room, ALONE)
     budget = limit if devices else options.budget
-    plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices)
+    halves = options.halves and source.half > 0
+    plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices, halves=halves)
     batches = len(source.corpus.sequences) / source.batch_size
     inputs = next(source.read())
     seconds = 0.0

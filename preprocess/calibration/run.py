@@ -12,6 +12,7 @@ from typing import Any
 from ... import __version__
 from ...errors import PrepError
 from ...store import Store, open_store
+from ...store.checkpoint import read_checkpoint
 from ...store.format.schema import content_hash
 from ...store.staging import beside, resolved
 from ..corpus.source import Source
@@ -121,7 +122,7 @@ def find(options: CovarianceOptions, run: Run) -> tuple[Path, Store | None]:
     if existing is None:
         return place, None
     differences = run.differences(existing)
-    own_batches = existing.corpus is not None and run.corpus["source"] == "batches"
+    own_batches = existing.corpus is not None and run.corpus["source"] == "batches" and _holds_moments(existing)
     if not options.overwrite:
         if differences or own_batches:
             raise PrepError(_refusal(options, differences, own_batches))
@@ -140,6 +141,11 @@ def _is_resumable(store: Store, run: Run) -> bool:
     """Whether a store is an unfinished one of this run."""
     text = run.corpus["source"] != "batches"
     return text and store.status != "complete" and store.corpus is not None and not run.differences(store)
+
+
+def _holds_moments(store: Store) -> bool:
+    """Whether anything would be lost if a calibration were begun anew."""
+    return store.status == "complete" or read_checkpoint(store.root) is not None
 
 
 def is_done(store: Store) -> bool:

@@ -41,7 +41,10 @@ Mask = Callable[[Any], Tensor | None]
 
 
 class Text:
-    """A corpus in batches of `batch_size` sequences, for a transformers model."""
+    """A corpus in batches of `batch_size` sequences, for a transformers model.
+
+    count: how many batches there are; half: how many of them are in when half of the tokens are.
+    """
 
     unit = "tokens"
     once = False
@@ -51,6 +54,8 @@ class Text:
         self.corpus, self.batch_size = corpus, batch_size
         self.options = {"batch_size": batch_size}
         self.total = corpus.tokens
+        self.count = -(-len(corpus.sequences) // batch_size)
+        self.half = self.count // 2
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
@@ -71,7 +76,7 @@ class Text:
 
     def end(self, number: int) -> int:
         """`number`, or the number of batches where there are fewer."""
-        return min(number, -(-len(self.corpus.sequences) // self.batch_size))
+        return min(number, self.count)
 
     def size(self, first: int, last: int) -> int:
         """Tokens of the batches from number `first` to before `last`."""
@@ -82,7 +87,8 @@ class Batches:
     """The caller's own batches: dictionaries, tuples or tensors, which the module is called with.
 
     mask: batch -> (B, T), zero on padding, or None; by default the `attention_mask` of a dictionary. Inputs of other
-    leading sizes are not masked. once: they cannot be read again. `about` is complete when all have been read.
+    leading sizes are not masked. once: they cannot be read again. count: how many there are, 0 where that is not known;
+    half: half of them. `about` is complete when all have been read.
     """
 
     unit = "batches"
@@ -97,7 +103,8 @@ class Batches:
         if self._first is None:
             raise PrepError("batches= is empty: give at least one batch")
         self._batches = chain([self._first], iterator) if self.once else batches
-        self.total = len(batches) if isinstance(batches, Sized) else 0
+        self.total = self.count = len(batches) if isinstance(batches, Sized) else 0
+        self.half = self.count // 2
         self.about: dict[str, Any] = {"source": "batches"}
         self.masks(self._first)
 

@@ -57,7 +57,7 @@ def open_request(options: DecomposeOptions) -> Request:
     check_writable_name(name, "basis")
     store = _open(options, method)
     layers = _checked_layers(store, method) if store is not None else None
-    model_id = None if isinstance(options.model, nn.Module) else _model_id(options.model, store)
+    model_id = None if isinstance(options.model, nn.Module) else calibrated_id(options.model, store)
     return Request(options, method, name, store, layers, model_id)
 
 
@@ -180,7 +180,7 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
     ]
 
 
-def _model_id(model: Any, store: Store | None) -> str:
+def calibrated_id(model: Any, store: Store | None) -> str:
     """Where the model is loaded from: `model`, or what the store was calibrated on."""
     if model:
         return loading.absolute_if_local(model)

@@ -87,7 +87,7 @@ def _decompose_site(
     for layer in layers:
         stored = moments[layer] if moments is not None else None
         if stored is not None and (shared is None or stored.kind == "output"):
-            shared = _moment(stored)
+            shared = statistics_of(stored)
         W = weight_matrix(modules[layer])
         try:
             results.append((layer, W, whitened_svd(W.to("cpu", torch.float64).numpy(), shared, method)))
@@ -96,7 +96,9 @@ def _decompose_site(
     return results
 
 
-def _moment(stored: LayerMoment) -> InputStatistics:
+def statistics_of(stored: LayerMoment) -> InputStatistics:
+    """A stored moment as float64 arrays."""
+
     def array(x: Tensor) -> np.ndarray:
         return x.to(torch.float64).numpy()
 

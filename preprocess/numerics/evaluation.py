@@ -133,7 +133,9 @@ def crossed(
     W: np.ndarray, a: InputStatistics, b: InputStatistics, share: float, method: Method, totals: tuple[float, float]
 ) -> Crossed:
     """The bases of two parts of the tokens, each scored on both. totals: `output_energy` of a and of b."""
-    made = [whitened_svd(W, moment, method) for moment in (a, b)]
+    made = [whitened_svd(W, a, method)]
+    same = method.metric == "identity" and method.select != "activation"  # whatever the tokens
+    made += made if same else [whitened_svd(W, b, method)]
     energies = []
     for basis in made:
         for moment, total in zip((a, b), totals, strict=True):

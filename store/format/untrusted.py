@@ -50,6 +50,7 @@ SITE = {
     "count": int,
     "arrays": {str: str},
     "hash": str,
+    "half?": {"count": int, "share": float},
 }
 BASIS = {
     "status": ("complete", "incomplete"),

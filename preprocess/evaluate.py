@@ -1,0 +1,42 @@
+"""`prep evaluate`: what every basis of a store loses of the layers' outputs, at every rank from one product per layer.
+
+On the tokens that it was made of, cross-fitted between their two halves, or on those of another store; the numerics are
+those of numerics/evaluation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .evaluation.request import open_evaluation
+from .evaluation.rows import Row, rows_of
+from .evaluation.score import Scoring
+
+
+def evaluate(
+    store: str | Path = "prep.zarr",
+    on: str | Path | None = None,
+    bases: str | Sequence[str] | None = None,
+    ranks: int | Sequence[int] | None = None,
+    *,
+    sample: int = 3,
+    model: str | nn.Module | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Row]:
+    """What `bases` (all by default) lose of `E||W x||^2` at `ranks` (8, 16, 32 ... up to the stored one), by layer.
+
+    x are the tokens that `store` was calibrated on, or those of the store `on`, which is of the same model.
+    Without `on`, and where the moments of the first half were kept, `sample` layers of each kind, evenly spread (0:
+    all), are decomposed anew from either half: their rows say what is lost on unseen tokens and the excess, what more
+    data would gain. A basis of metric components (EVA) is scored by the share of the input variance that P misses.
+
+    model: a path, hub id or module; by default the store's. Raises PrepError for bad input, StoreError where a store
+    cannot serve it.
+    """
+    asked = open_evaluation(store, on, bases, ranks, sample, model, revision, trust_remote_code)
+    scoring = Scoring(asked.moments, asked.bases, asked.modules, max(asked.ranks), asked.crossed)
+    return rows_of(scoring.scores(), asked.bases, asked.ranks)
