@@ -249,7 +249,9 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     "--rank", "ranks", type=click.IntRange(1), multiple=True, help="Repeatable.  [default: 8, 16, 32 ... as stored]"
 )
 @click.option(
-    "--sample", type=click.IntRange(0), default=3, help="Layers of each kind to cross-fit between halves; 0: all."
+    "--sample",
+    type=click.IntRange(0),
+    help="Layers of each kind to cross-fit between halves, 0 for all.  [default: the 2 that decompose noted]",
 )
 @click.option("--model", help="Path or hub id.  [default: the store's model]")
 @click.option("--revision", help="Revision of --model on the hub.")

@@ -22,7 +22,7 @@ def evaluate(
     bases: str | Sequence[str] | None = None,
     ranks: int | Sequence[int] | None = None,
     *,
-    sample: int = 3,
+    sample: int | None = None,
     model: str | nn.Module | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -30,13 +30,13 @@ def evaluate(
     """What `bases` (all by default) lose of `E||W x||^2` at `ranks` (8, 16, 32 ... up to the stored one), by layer.
 
     x are the tokens that `store` was calibrated on, or those of the store `on`, which is of the same model.
-    Without `on`, and where the moments of the first half were kept, `sample` layers of each kind, evenly spread (0:
-    all), are decomposed anew from either half: their rows say what is lost on unseen tokens and the excess, what more
-    data would gain. A basis of metric components (EVA) is scored by the share of the input variance that P misses.
+    Without `on`, and where the moments of the first half were kept, the rows of some layers also say what is lost on
+    unseen tokens and the excess, what more data would gain, from bases of either half. For two layers of each kind
+    `decompose` has noted them; with `sample`, or at other ranks, that many of each kind, evenly spread (0: all), are
+    decomposed anew. A basis of metric components (EVA) is scored by the share of the input variance that P misses.
 
     model: a path, hub id or module; by default the store's. Raises PrepError for bad input, StoreError where a store
     cannot serve it.
     """
     asked = open_evaluation(store, on, bases, ranks, sample, model, revision, trust_remote_code)
-    scoring = Scoring(asked.moments, asked.bases, asked.modules, max(asked.ranks), asked.crossed)
-    return rows_of(scoring.scores(), asked.bases, asked.ranks)
+    return rows_of(Scoring(asked).scores(), asked.bases, asked.ranks)

@@ -11,6 +11,7 @@ import zarr
 from .artifact import Store
 from .bases import Bases
 from .basis import BasisSet
+from .excess import advice, excess_of, percent
 
 
 def info(store: Store) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def info(store: Store) -> dict[str, Any]:
         bases[name] = _basis(basis)
     for group in groups.values():
         group["energy"] = {name: statistics.median(values) for name, values in group["energy"].items()}
+    tokens = (store.corpus or {}).get("tokens", 0)
     return {
         "store": store.location,
         "status": store.status,
@@ -50,6 +52,7 @@ def info(store: Store) -> dict[str, Any]:
         "corpus": store.corpus,
         "moments": summary,
         "bases": bases,
+        "advice": advice(tokens, [basis["excess"] for basis in bases.values()]),
         "layers": groups,
         "run": store.attrs.get("run"),
     }
@@ -65,6 +68,7 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
         "dtype": basis.dtype,
         "hash": basis.hash,
         "energy": statistics.median(r.energy for r in records) if records else None,
+        "excess": excess_of(basis),
         "unresolved": sum(r.rank > r.numerical_rank for r in records),
         "bytes": _stored_bytes(basis._group),
     }
@@ -105,7 +109,7 @@ def table(facts: dict[str, Any]) -> list[str]:
         lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
     bases = facts["bases"]
     if bases:
-        rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "dtype", "MB"]]
+        rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "excess", "dtype", "MB"]]
         for name, basis in bases.items():
             method = basis["method"]
             damping = _short(method.get("damping")) if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
@@ -122,11 +126,13 @@ def table(facts: dict[str, Any]) -> list[str]:
                     "" if plain else damping,
                     count,
                     energy,
+                    "" if basis["excess"] is None else percent(basis["excess"]["relative"]),
                     basis["dtype"],
                     "" if basis["bytes"] is None else f"{basis['bytes'] / 1e6:,.0f}",
                 ]
             )
         lines += ["", *aligned(rows)]
+        lines += [facts["advice"]] if facts["advice"] else []
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]
     for name, group in facts["layers"].items():

@@ -133,7 +133,7 @@ def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
     _sample(top, own, report)
     if moment.half is not None:
         _sample(f"{top}/{HALF}", half, report)
-        _others(f"{top}/{HALF}", own, half, moment.half.share, report)
+        _others(top, own, half, moment.half.share, report)
 
 
 def _sample(top: str, values: Mapping[str, list[Tensor]], report: Report) -> None:
@@ -161,13 +161,15 @@ def _others(
     """Whether what a site's matrices are without its first half can be the moments of the other tokens."""
     noted = {finding.where for finding in report.findings}
     for name in (whole.keys() & half.keys()) - set(VECTORS):
-        if f"{top}/{name}" in noted:
+        if noted & {f"{top}/{name}", f"{top}/{HALF}/{name}"}:
             continue
         C = _lower(whole[name])
         slack = HALF_ROUNDING * float(C.diagonal().sum())
         C -= share * _lower(half[name])
         if not _definite(C, slack + MOMENT_ROUNDING * float(C.diagonal().sum())):
-            report.add(f"{top}/{name}", "C - share C_half is not positive semi-definite: this is no part of the sample")
+            report.add(
+                f"{top}/{HALF}/{name}", "C - share C_half is not positive semi-definite: this is no part of the sample"
+            )
 
 
 def _lower(panels: list[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from .format import schema
 from .format.arrays import OTHER_VERSION
 from .format.untrusted import MOMENTS, SITE
 from .site import HALF, check_hashes, checked_half, combined, read_parts, site_arrays
+from .site import SiteData as SiteData
 
 
 class LayerMoment:

@@ -163,7 +163,7 @@ def _own_layout(group: zarr.Group, name: str) -> schema.Layout:
     shape = schema.stored_shape(group, name)
     if not shape or not schema.is_count(shape[0], 1):
         raise StoreError(f"{group.store_path}/{name} has the shape {shape!s:.80}: the store is damaged")
-    return (schema.vector if name in VECTORS else schema.symmetric)(shape[0], *MOMENT_DTYPES)
+    return (schema.vector if name.removeprefix(f"{HALF}/") in VECTORS else schema.symmetric)(shape[0], *MOMENT_DTYPES)
 
 
 def combined(hashes: Mapping[str, str]) -> str:

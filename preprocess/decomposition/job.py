@@ -6,7 +6,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..numerics.methods import Method
 from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import Progress, say
+from .crossing import SAMPLE, to_cross
 from .request import Request, check_same_weights, made_already, same_basis
 from .workers import cost, decomposed
 
@@ -133,9 +134,12 @@ class Decomposition:
         """The layers of this process, U and P stored."""
         request, moments = self._request, self._request.moments
         mine = {layer: self._modules[layer] for layer in share_of(todo, moments, self._shapes, self._world)}
-        for layer, W, result in decomposed(moments, mine, request.method, self._world.local_size):
+        crossed = to_cross(request.layers or {}, request.method, SAMPLE) if moments is not None else frozenset()
+        for done in decomposed(moments, mine, request.method, self._world.local_size, crossed):
+            layer, result = done.layer, done.result
             group = self._groups[self._shapes[layer]]
-            record = record_of(result, self._shapes[layer], group["layers"].index(layer), W)
+            record = record_of(result, self._shapes[layer], group["layers"].index(layer), done.W)
+            record = replace(record, crossed=done.crossed)
             U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
             check_storable(layer, P, request.options.dtype)
             yield self._writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ...errors import PrepError, StoreError
 from ...linear import weight_hash, weight_matrix
 from ...store import BasisSet, LayerMoment, Moments, Store, open_store
-from ...store.info import pattern
+from ...store.excess import at_rank, doubled
+from ..decomposition.crossing import SAMPLE, tells_output, to_cross
 from ..decomposition.request import Request, calibrated_id, load_layers
 from ..numerics.methods import Method
 from ..options import DecomposeOptions
 
-FIRST_RANK = 8  # of the ranks that are shown by default: this one, then doubled
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """moments: of the tokens that are scored on; modules: of the layers; crossed: the layers to be cross-fitted."""
+    """moments: of the tokens that are scored on; modules: of the layers.
+
+    noted: what the records of a basis say of cross-fitted layers, by basis; crossed: those to be cross-fitted anew.
+    """
 
     moments: Moments
     bases: dict[str, BasisSet]
     ranks: tuple[int, ...]
     modules: dict[str, nn.Module]
-    crossed: frozenset[str]
+    noted: dict[str, dict[str, dict[str, Any]]]
+    crossed: dict[str, frozenset[str]]
 
 
 def open_evaluation(
@@ -35,7 +39,7 @@ def open_evaluation(
     on: str | Path | None,
     bases: str | Sequence[str] | None,
     ranks: int | Sequence[int] | None,
-    sample: int,
+    sample: int | None,
     model: str | nn.Module | None,
     revision: str | None,
     trust_remote_code: bool,
@@ -47,7 +51,7 @@ def open_evaluation(
         raise StoreError(f"{store} holds no basis: run `prep decompose` first")
     sets = {name: found.bases[name] for name in names}
     wanted = _ranks(ranks, sets)
-    if sample < 0:
+    if sample is not None and sample < 0:
         raise PrepError(f"--sample {sample} is not a number of layers: give 0 for all, or more")
     other = found if on is None else _same_model(found, open_store(on))
     moments = other.moments
@@ -65,28 +69,33 @@ def open_evaluation(
                 raise PrepError(
                     f"basis {name!r} was made from other weights of {layer} than the model has: give its --model"
                 )
-    halved = [layer for layer, moment in layers.items() if on is None and moment.half is not None]
-    return Evaluation(moments, sets, wanted, modules, frozenset(sampled(halved, sample)))
+    if on is not None:
+        return Evaluation(moments, sets, wanted, modules, {}, {})
+    noted = {name: _noted(basis, wanted) if sample is None else {} for name, basis in sets.items()}
+    count = SAMPLE if sample is None else sample
+    crossed = {name: to_cross(layers, method_of(sets[name]), count) for name, known in noted.items() if not known}
+    return Evaluation(moments, sets, wanted, modules, noted, crossed)
 
 
-def sampled(layers: Iterable[str], count: int) -> list[str]:
-    """`count` layers of each kind, evenly spread over the blocks; all where count is 0 or there are no more."""
-    kinds: dict[str, list[str]] = {}
-    for layer in layers:
-        kinds.setdefault(pattern(layer), []).append(layer)
-    chosen = []
-    for members in kinds.values():
-        n = min(count, len(members)) or len(members)
-        chosen += [members[(2 * i + 1) * len(members) // (2 * n)] for i in range(n)]
-    return chosen
+def method_of(basis: BasisSet, rank: int | None = None) -> Method:
+    """How a basis was made; rank: another one than its own."""
+    known = {one.name for one in fields(Method)}
+    method = Method(**{name: value for name, value in basis.method.items() if name in known})
+    return method if rank is None else replace(method, rank=rank)
+
+
+def _noted(basis: BasisSet, ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What the records say, by layer; nothing where they do not know of all the ranks."""
+    held = [rank for rank in ranks if rank <= int(basis.method["rank"])]
+    said = {layer: record.crossed for layer, record in basis.layers.items() if record.crossed is not None}
+    whole = all(at_rank(one, rank) is not None for one in said.values() for rank in held)
+    return said if whole else {}
 
 
 def _ranks(asked: int | Sequence[int] | None, bases: dict[str, BasisSet]) -> tuple[int, ...]:
     stored = {name: int(basis.method["rank"]) for name, basis in bases.items()}
     if not asked:
-        largest = max(min(rank, max(min(shape) for shape in bases[name].shapes)) for name, rank in stored.items())
-        doubled = [FIRST_RANK * 2**i for i in range(16)]
-        return (*(rank for rank in doubled if rank < largest), largest)
+        return doubled(max(min(rank, max(map(min, bases[name].shapes))) for name, rank in stored.items()))
     wanted = (asked,) if isinstance(asked, int) else tuple(sorted(set(asked)))
     if wanted[0] < 1:
         raise PrepError(f"--rank {wanted[0]} is too small: ask for at least 1")
@@ -115,7 +124,7 @@ def _check_kind(layer: str, moment: LayerMoment, bases: Iterable[BasisSet]) -> N
     """StoreError where the moments of a layer do not tell what a basis keeps of it."""
     for basis in bases:
         components = basis.method["metric"] == "components"
-        if layer in basis and moment.kind != "full" and (components or moment.kind == "diagonal"):
+        if layer in basis and not tells_output(moment, components):
             what, kinds = "which does not tell its output", "full` or `--moment output"
             if components:
                 what, kinds = f"basis {basis.name!r} is scored on the full second moment", "full"

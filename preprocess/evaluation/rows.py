@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...store import BasisSet
+from ...store.excess import at_rank, relative
 from ...store.info import aligned, pattern
 from .score import Score
 
@@ -34,7 +35,7 @@ class Row:
         """The excess as a share of the least possible loss."""
         if self.excess is None or self.least is None:
             return None
-        return self.excess / self.least if self.least > 0 else 0.0
+        return relative(self.excess, self.least)
 
 
 def rows_of(scores: Iterable[Score], bases: Mapping[str, BasisSet], ranks: Sequence[int]) -> list[Row]:
@@ -90,13 +91,9 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _row(score: Score, rank: int) -> Row:
-    total = score.energy.total
-    lost = score.energy.lost(rank)
-    if score.crossed is None:
-        return Row(score.layer, score.basis, rank, _share(lost, total))
-    parts = score.crossed
-    values = parts.lost(rank), parts.excess(rank), parts.least(rank, lost)
-    return Row(score.layer, score.basis, rank, _share(lost, total), *(_share(value, total) for value in values))
+    lost = _share(score.energy.lost(rank), score.energy.total)
+    known = at_rank(score.crossed, rank) if score.crossed else None
+    return Row(score.layer, score.basis, rank, lost, **(known or {}))
 
 
 def _share(value: float, total: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import PrepError
 from ...linear import dtype_name
 from ...store.format.schema import panels
-from ...store.site import SiteData
+from ...store.moments import SiteData
 from .products import gram_blocks
 
 Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes

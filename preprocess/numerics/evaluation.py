@@ -14,7 +14,9 @@ Numerics only: pure functions in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from .methods import Method
 from .metric import InputStatistics
 from .whitening import whitened_svd
 
-EXPONENT = 0.8  # the excess of a basis falls as tokens^-EXPONENT
+EXPONENT = 0.8  # the excess of a basis falls as tokens^-EXPONENT; store/excess.py knows it, too
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ class Crossed:
     def kept(self) -> np.ndarray:
         """t_i (r,) on tokens that the basis has not seen, the mean over the parts."""
         return (self.a_on_b.kept + self.b_on_a.kept) / 2
+
+    def shares(self, ranks: Sequence[int], energy: Energy) -> dict[str, Any]:
+        """Lists `unseen`, `excess` and `least` at `ranks`, in shares of the total.
+
+        energy: of the basis of all tokens, on them.
+        """
+        unit = energy.total if energy.total > 0 else 1.0
+        return {
+            "ranks": list(ranks),
+            "unseen": [self.lost(rank) / unit for rank in ranks],
+            "excess": [self.excess(rank) / unit for rank in ranks],
+            "least": [self.least(rank, energy.lost(rank)) / unit for rank in ranks],
+        }
 
     def _gap(self, rank: int) -> float:
         a = self.a_on_b.lost(rank) - self.a_on_a.lost(rank)

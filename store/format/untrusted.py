@@ -81,6 +81,7 @@ BASIS = {
             "weight_dtype": Word,
             "hash?": str,
             "checksums?": str,
+            "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
         }
     },
     "hash?": str,

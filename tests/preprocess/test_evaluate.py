@@ -1,6 +1,7 @@
 """`prep evaluate` against both weights run on the very tokens, and the halves that a calibration keeps."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -14,10 +15,14 @@ from prep import Interrupted, PrepError, StoreError
 from prep.cli import main
 from prep.linear import weight_matrix
 from prep.preprocess.calibration.job import Calibration
-from prep.preprocess.evaluation.request import sampled
+from prep.preprocess.decomposition.crossing import sampled
 from prep.preprocess.model.experts import expert_layers
+from prep.preprocess.numerics import evaluation
 from prep.preprocess.verify import verify
 from prep.store import open_store
+from prep.store.excess import EXPONENT, advice, percent
+from prep.store.info import info as describe
+from prep.store.info import table
 
 RUN = {"seq_len": 16, "batch_size": 4, "num_sequences": 24, "dtype": "float64", "quiet": True}
 BASES = {
@@ -219,6 +224,54 @@ def test_a_pool_has_the_halves_of_its_parts(stores, tmp_path, weights):
         total = sum(weight * one.count for weight, one in zip(w, ones, strict=True))
         torch.testing.assert_close(C - got.share * got.second_moment.double(), sum(left) / total, rtol=1e-4, atol=1e-6)
     assert verify(tmp_path / "p").findings == []
+
+
+def test_decompositions_note_what_evaluate_finds(stores):
+    """At their own ranks the records are what cross-fitting anew gives, for the layers of a sample."""
+    for kind in ("full", "output"):
+        noted = prep.evaluate(stores / kind)
+        anew = prep.evaluate(stores / kind, sample=2)
+        assert len(noted) == len(anew) and any(row.excess for row in noted)
+        for row, other in zip(noted, anew, strict=True):
+            assert (row.layer, row.basis, row.rank) == (other.layer, other.basis, other.rank)
+            for name in ("lost", "unseen", "excess", "least"):
+                assert getattr(row, name) == pytest.approx(getattr(other, name), rel=1e-6, abs=1e-9)
+
+
+def test_info_shows_the_excess_and_says_what_to_do(stores, place, tmp_path):
+    """In one column and one line, by what the records say; without halves there is neither."""
+    facts = describe(open_store(stores / "full"))
+    rows = [row for row in prep.evaluate(stores / "full", bases="full", ranks=RANK) if row.excess is not None]
+    wanted = statistics.median(row.relative for row in rows)
+    assert facts["bases"]["full"]["excess"] == {"rank": RANK, "relative": pytest.approx(wanted), "layers": len(rows)}
+    worst = max(basis["excess"]["relative"] for basis in facts["bases"].values())
+    lines = table(facts)
+    assert (
+        f"384 tokens: rank-{RANK} bases lose {100 * worst:.0f} % more output than they need to; 4 times the tokens"
+        in (facts["advice"])
+    )
+    assert (
+        facts["advice"].endswith(f"would bring that to about {percent(worst * 4**-0.8)}") and facts["advice"] in lines
+    )
+    header = next(line for line in lines if line.startswith("basis"))
+    assert header.split()[-3:] == ["excess", "dtype", "MB"]
+    without = prep.covariance(str(place / "model"), str(place / "a.jsonl"), store=tmp_path / "s", halves=False, **RUN)
+    prep.decompose(tmp_path / "s", rank=4, quiet=True)
+    facts = describe(open_store(without.location))
+    assert facts["advice"] is None and facts["bases"]["full"]["excess"] is None
+
+
+def test_the_line_of_advice():
+    assert EXPONENT == evaluation.EXPONENT
+    known = {"rank": 64, "relative": 0.06, "layers": 14}
+    assert advice(16_384, [None, {**known, "relative": 0.01}, known]) == (
+        "16,384 tokens: rank-64 bases lose 6.0 % more output than they need to; 4 times the tokens would bring that "
+        "to about 2.0 %"
+    )
+    assert advice(131_072, [{**known, "relative": 0.004}]) == (
+        "131,072 tokens: rank-64 bases lose 0.40 % more output than they need to: they are enough"
+    )
+    assert advice(5, [None]) is None
 
 
 def test_a_sample_is_spread_over_the_blocks():
