@@ -74,9 +74,10 @@ def covariance(
     `attention_mask`. The options from `subset` to `seed` are of `data`, those of loading of a path or hub id.
     device_map, max_memory: parts of the model on several devices or on disk (see model/placement.py).
 
-    A complete store of the same run is returned as it is, an incomplete one is resumed. One of another run, or of
-    batches, is refused, or with `overwrite` replaced when the new one is complete. The state is stored every
-    `checkpoint_every` and on SIGINT (then KeyboardInterrupt is raised) and SIGTERM; not with `batches`.
+    A complete store of the same run is returned as it is, an incomplete one is resumed. A complete one of fewer
+    sequences goes on with the next ones and serves the old moments until it is done; bases made of these go then. One
+    of another run, or of batches, is refused, or with `overwrite` replaced when the new one is complete. The state is
+    stored every `checkpoint_every` and on SIGINT (then KeyboardInterrupt is raised) and SIGTERM; not with `batches`.
 
     Accumulators beyond `memory_budget` are made in several passes. Those of layers on a GPU are kept there, as far as
     `device_memory` (by default what a batch leaves free) allows; products="exact" multiplies half-precision

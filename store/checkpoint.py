@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import zarr
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from .format import schema
 from .format.zarr_core import sync
 from .moments import seal_sites
 from .site import HALF, HALF_DTYPE, SiteData, read_site, write_site
+
+_SMALL = torch.finfo(torch.float32).smallest_normal / torch.finfo(torch.float32).eps
 
 
 def begin_slot(root: zarr.Group) -> int:
@@ -55,7 +58,10 @@ def begin_half(root: zarr.Group) -> None:
 
 
 def write_half(root: zarr.Group, site: str, sums: SiteData) -> None:
-    """Store the moments of one site as they stand, from its sums so far; several processes may, each its own sites."""
+    """Store the moments of one site as they stand, from its sums so far; several processes may, each its own sites.
+
+    Nothing is stored of a site whose moments leave float32's range.
+    """
 
     def mean(values: Tensor) -> Tensor:
         return (values / sums.count).float()
@@ -70,7 +76,15 @@ def write_half(root: zarr.Group, site: str, sums: SiteData) -> None:
         diagonal=mean(sums.diagonal) if sums.diagonal is not None else None,
         outputs={layer: means(panels) for layer, panels in sums.outputs.items()} if sums.outputs else None,
     )
-    write_site(root, f"checkpoint/{HALF}/{site}", moments, HALF_DTYPE)
+    if all(_in_range(values) for name, values in moments.arrays().items() if name != "mean"):
+        write_site(root, f"checkpoint/{HALF}/{site}", moments, HALF_DTYPE)
+
+
+def _in_range(values: Tensor | list[Tensor]) -> bool:
+    """Whether float32 holds an array: finite, and its largest magnitude far from the smallest numbers."""
+    parts = [values] if isinstance(values, Tensor) else values
+    largest = torch.stack([part.abs().max() for part in parts]).max()
+    return bool(torch.isfinite(largest)) and not 0 < largest < _SMALL
 
 
 def read_half(root: zarr.Group, site: str) -> SiteData | None:

@@ -29,14 +29,14 @@ from ..model.network import Network
 from ..model.sites import Site
 from ..numerics.accumulators import moments_of
 from ..options import CovarianceOptions
-from ..progress import Progress
+from ..progress import Progress, say
 from .devices import place_sums
 from .part import Batch, Part
 from .plan import Plan, make_plan
 from .run import Run
 from .signals import Signals
 from .state import State, look, undo
-from .sums import whole_sums, with_half
+from .sums import stored_sums, whole_sums, with_half
 from .writers import Writers
 
 CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
@@ -57,7 +57,7 @@ class Calibration:
         self._quiet = options.quiet or world.rank > 0
         self._signals, self._tokens = Signals(), 0
         self._root: Any = None
-        self._created = False  # by this process: nothing of the run was there
+        self._created = False  # by this process
 
     def __enter__(self) -> Calibration:
         with contextlib.ExitStack() as stack:
@@ -66,6 +66,8 @@ class Calibration:
             self._path, self._begun, self._complete = Path(state.path), state.begun, state.complete
             self._slot, self._stored = state.slot, set(state.sites)
             self._done, self._batches = set(state.done), state.batches
+            self._first, self._base = state.first, state.base(self._options)
+            self._source = self._source.after(state.first)
             sources = (self._network, self._source, self._options.room, self._world)
             self._devices, self._limit = ({}, 0) if self._complete else place_sums(*sources)
             plan = self._world.on_all(self._plan)
@@ -148,7 +150,7 @@ class Calibration:
     def _write_site(self, root: Any, site: Site, sums: SiteData) -> None:
         dtype, members = self._options.moment_dtype, {name: self._network.weights[name] for name in site.members}
         moments = moments_of(site.name, sums, members, DTYPES[dtype])
-        moments = with_half(root, site.name, moments) if self._options.halves else moments
+        moments = with_half(root, site.name, moments, self._base) if self._options.halves else moments
         write_site(root["moments"], site.name, moments, dtype)
 
     def store(self) -> Store | None:
@@ -169,7 +171,7 @@ class Calibration:
         left = [] if self._complete else [site for site in self._network.sites if site.name not in self._done]
         options = self._options
         budget = self._limit if self._devices else options.budget
-        kinds, halves = self._network.kinds, options.halves and self._source.half > 0
+        kinds, halves = self._network.kinds, options.halves and (self._source.half > 0 or self._first > 0)
         plan = make_plan(left, kinds, budget, options.moment_dtype, self._stored, self._devices, halves)
         if len(plan.passes) > 1 and self._source.once:
             raise PrepError(
@@ -186,12 +188,23 @@ class Calibration:
         return Progress("covariance", total, source.unit, self._quiet, ready)
 
     def _restore(self, part: Part) -> None:
-        """Put the stored sums into those of their owners; they are of the first part only."""
+        """Put the stored sums into those of their owners; they are of the first part only.
+
+        Other parts begin with the moments of the store that grows.
+        """
+        stored = self._stored & part.sums.keys()
         if self._world.writes:
-            for name in self._stored & part.sums.keys():
-                if part.owners[name] == self._world.rank:
-                    part.sums[name].restore(read_sums(self._begin(), self._slot, name))
+            for name in part.sums:
+                if part.owners[name] == self._world.rank and (sums := self._begun_sums(name, stored)) is not None:
+                    part.sums[name].restore(sums)
         self._stored = set()
+        if self._first and not stored and self._options.halves and not self._source.half:
+            self._keep_half(part)
+
+    def _begun_sums(self, site: str, stored: set[str]) -> SiteData | None:
+        if site in stored:
+            return read_sums(self._begin(), self._slot, site)
+        return stored_sums(self._base, site) if self._base is not None and not stored else None
 
     # What is kept
 
@@ -245,7 +258,7 @@ class Calibration:
 
     def _use(self, slot: int, sites: Any) -> None:
         order = [site.name for site in self._network.sites if site.name in self._done]
-        use_slot(self._root, slot, sites, {"done": order, "batches": self._batches})
+        use_slot(self._root, slot, sites, {"done": order, "batches": self._batches, "first": self._first})
 
     def _counts(self, part: Part) -> dict[str, int]:
         """Tokens of every site, of all processes."""
@@ -281,4 +294,7 @@ class Calibration:
             run = {**self._run.attributes()["run"], "seconds": round(time.monotonic() - self._started, 3)}
             finish(self._begin(), {"status": "complete", "corpus": corpus, "id": self._run.id(corpus), "run": run})
         if self._path != Path(resolved(self._options.store)):
+            bases = ", ".join(self._base.bases) if self._base is not None else ""
             put_in_place(self._path, self._options.store)
+            if bases:
+                say(f"bases {bases} of {self._first} sequences are gone: run `prep decompose` again", self._quiet)

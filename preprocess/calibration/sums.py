@@ -1,4 +1,7 @@
-"""Sums of a site that are not those of this process alone: of all processes, and of the first half of the tokens."""
+"""Sums of a site that are not those of this run's process alone.
+
+Of all processes, of the first half of the tokens, and those with which a store that grows goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...store import SiteData
+from ...store import SiteData, Store, read_site
 from ...store.checkpoint import read_half
+from ...store.format.schema import child
 from ..distributed import World
 from ..numerics.accumulators import SiteSums, mapped
 from ..numerics.device_sums import DeviceSums
@@ -30,9 +34,25 @@ def whole_sums(
     return data if world.writes else None
 
 
-def with_half(root: Any, site: str, moments: SiteData) -> SiteData:
-    """The moments of a site with those of its first half, where they were kept and the other half is not empty."""
-    half = read_half(root, site)
-    if half is None or half.count >= moments.count:
+def with_half(root: Any, site: str, moments: SiteData, base: Store | None) -> SiteData:
+    """The moments of a site with those of its first half, where they were kept and the other half is not empty.
+
+    base: the store that has grown, whose own half may be nearer to a half of the tokens than what was kept since.
+    """
+    kept = [read_half(root, site)]
+    if base is not None and site in base.moments.sites:
+        kept.append(read_site(child(base.root, "moments"), site).half)
+    halves = [half for half in kept if half is not None and half.count < moments.count]
+    if not halves:
         return moments
+    half = min(halves, key=lambda one: abs(one.count / moments.count - 0.5))
     return replace(moments, half=replace(half, share=half.count / moments.count))
+
+
+def stored_sums(store: Store, site: str) -> SiteData | None:
+    """The sums, float64, of which a store holds the means; None where it holds none of the site."""
+    if site not in store.moments.sites:
+        return None
+    moments = read_site(child(store.root, "moments"), site)
+    sums = mapped(moments, lambda mean: mean.double() * moments.count)
+    return replace(sums, members={}, half=None)

@@ -41,22 +41,27 @@ Mask = Callable[[Any], Tensor | None]
 
 
 class Text:
-    """A corpus in batches of `batch_size` sequences, for a transformers model.
+    """A corpus in batches of `batch_size` sequences, from sequence number `first` on, for a transformers model.
 
-    count: how many batches there are; half: how many of them are in when half of the tokens are.
+    total, count: tokens and batches from there on; half: how many of these are in when half of the whole corpus is.
     """
 
     unit = "tokens"
     once = False
     resumable = True
 
-    def __init__(self, corpus: Corpus, batch_size: int):
-        self.corpus, self.batch_size = corpus, batch_size
+    def __init__(self, corpus: Corpus, batch_size: int, first: int = 0):
+        self.corpus, self.batch_size, self._first = corpus, batch_size, first
         self.options = {"batch_size": batch_size}
-        self.total = corpus.tokens
-        self.count = -(-len(corpus.sequences) // batch_size)
-        self.half = self.count // 2
+        self.total = sum(map(len, corpus.sequences[first:]))
+        self.count = -(-(len(corpus.sequences) - first) // batch_size)
+        middle = -(-len(corpus.sequences) // batch_size) // 2 * batch_size
+        self.half = max(0, middle - first) // batch_size
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
+
+    def after(self, first: int) -> Text:
+        """The same corpus from sequence number `first` on."""
+        return Text(self.corpus, self.batch_size, first)
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         """Runs the part of the model that holds `layers`."""
@@ -68,7 +73,7 @@ class Text:
 
     def read(self, first: int = 0) -> Iterator[Inputs]:
         """Batches from number `first` on."""
-        return self.corpus.batches(self.batch_size, first * self.batch_size)
+        return self.corpus.batches(self.batch_size, self._first + first * self.batch_size)
 
     def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
         """The masks of a batch by name, which an encoder-decoder reads on both sides; none without padding."""
@@ -80,7 +85,8 @@ class Text:
 
     def size(self, first: int, last: int) -> int:
         """Tokens of the batches from number `first` to before `last`."""
-        return sum(map(len, self.corpus.sequences[first * self.batch_size : last * self.batch_size]))
+        a, b = (self._first + number * self.batch_size for number in (first, last))
+        return sum(map(len, self.corpus.sequences[a:b]))
 
 
 class Batches:
@@ -107,6 +113,11 @@ class Batches:
         self.half = self.count // 2
         self.about: dict[str, Any] = {"source": "batches"}
         self.masks(self._first)
+
+    def after(self, first: int) -> Batches:
+        """All batches: their runs begin with the first."""
+        assert not first
+        return self
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         """Calls the model with a copy of a batch on the model's device."""
