@@ -137,6 +137,19 @@ def test_the_half_is_a_calibration_of_half_of_the_sequences(place, tmp_path, kin
     assert verify(tmp_path / "s").findings == []
 
 
+@pytest.mark.parametrize("kind", ["full", "output"])
+def test_no_other_array_is_changed_by_the_half(place, tmp_path, kind):
+    """The files of all other arrays are the same with and without it, byte by byte."""
+    options = {**RUN, "moment": kind}
+    for halves in (True, False):
+        prep.covariance(
+            str(place / "model"), str(place / "a.jsonl"), store=tmp_path / f"{halves}", halves=halves, **options
+        )
+    found = {one: tiny.contents(tmp_path / one / "moments") for one in ("True", "False")}
+    arrays = {name: raw for name, raw in found["False"].items() if "/c/" in name}
+    assert arrays and arrays == {n: raw for n, raw in found["True"].items() if "/c/" in n and "/half/" not in n}
+
+
 def test_halves_of_several_passes_and_of_none(place, tmp_path):
     data, model = str(place / "a.jsonl"), str(place / "model")
     once = prep.covariance(model, data, store=tmp_path / "one", **RUN)
