@@ -96,6 +96,10 @@ _decompose_option = partial(_option, DecomposeOptions)
 @_covariance_option("--template", help=r'Text made of columns, such as "{question}\n{answer}".')
 @_covariance_option("--chat-column", help="Column of chat messages, formatted by the model's chat template.")
 @_covariance_option("--num-sequences", type=click.IntRange(1), help="Sequences to calibrate on.")
+@_covariance_option(
+    "--until", help="Read twice as many sequences until bases lose less than this share, such as 2%, by lack of data."
+)
+@_covariance_option("--rank", type=click.IntRange(1), help="The rank that --until looks at.  [default: 64]")
 @_covariance_option("--seq-len", type=click.IntRange(1), help="Tokens per sequence.")
 @_covariance_option("--batch-size", type=click.IntRange(1), help="Sequences per forward pass.")
 @_covariance_option("--pack/--no-pack", help="Join documents by the end token, or pad one per sequence.")
@@ -166,6 +170,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     prep covariance --model HuggingFaceTB/SmolLM2-135M --data openai/gsm8k --subset main \\
         --template "{question}\\n{answer}"
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
+    prep covariance --model ./model --data text.jsonl --until 2% --rank 64 --num-sequences 4096
     """
     from .preprocess.calibration.estimate import Estimate, lines
     from .preprocess.covariance import covariance as run

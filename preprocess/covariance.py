@@ -6,6 +6,7 @@ C = E[x x^T] over the real tokens, uncentred, with the mean beside it, per site 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..store.format.schema import is_url
 from .calibration.estimate import Estimate, estimate
 from .calibration.job import Calibration
 from .calibration.run import Run, finished
+from .calibration.until import grown
 from .corpus.source import Mask, Text, open_source
 from .distributed import World, check_devices, joined, visible_devices
 from .model.loading import load_model
@@ -41,6 +43,8 @@ def covariance(
     template: str | None = None,
     chat_column: str | None = None,
     num_sequences: int = 256,
+    until: float | str | None = None,
+    rank: int | None = None,
     seq_len: int = 512,
     batch_size: int = 8,
     pack: bool = True,
@@ -86,6 +90,9 @@ def covariance(
     halves: the moments of the first half of the tokens are kept beside those of all (float32), which `evaluate` needs
     to say what more data would gain; batches whose number is not known have none.
 
+    until: twice as many sequences are read again and again, until the median excess of whitened bases at `rank` (64) is
+    below this share, "2%" or 0.02, or `num_sequences` are in. It begins with what is there, or with two batches.
+
     compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
     the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.
 
@@ -96,18 +103,21 @@ def covariance(
     """
     options = CovarianceOptions(**locals())
     with joined(distributed) as world:
-        return _calibrate(options, world)
+        world.on_all(_check, options, world, world.all_gather(visible_devices()))
+        if options.until is None:
+            return _calibrate(world, options)
+        return grown(options, world, partial(world.on_all, _load, options, world), partial(_calibrate, world))
 
 
-def _calibrate(options: CovarianceOptions, world: World) -> Store | Estimate | None:
-    world.on_all(_check, options, world, world.all_gather(visible_devices()))
+def _calibrate(world: World, options: CovarianceOptions, module: nn.Module | None = None) -> Any:
+    """module: the model, if it has been loaded."""
     source = world.on_all(open_source, options)
     run = world.on_all(Run.of, options, source)
     if not options.dry_run:
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
             return open_store(options.store) if world.rank == 0 else None
-    module = world.on_all(_load, options, world)
+    module = world.on_all(_load, options, world) if module is None else module
     network = world.on_all(observe, module, source, options)
     if isinstance(source, Text) and options.dry_run:
         return estimate(options, network, source)

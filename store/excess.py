@@ -43,9 +43,21 @@ def excess_of(basis: BasisSet) -> dict[str, Any] | None:
     None where it is known of none.
     """
     rank = min(SHOWN, int(basis.method["rank"]))
-    found = [at_rank(record.crossed, rank) for record in basis.layers.values() if record.crossed]
-    values = [relative(one["excess"], one["least"]) for one in found if one is not None and one["least"] > _NOTHING]
+    known = [record.crossed for record in basis.layers.values() if record.crossed]
+    values = _relatives(known, rank)
     return {"rank": rank, "relative": statistics.median(values), "layers": len(values)} if values else None
+
+
+def median_excess(known: Iterable[dict[str, Any]], rank: int) -> float | None:
+    """The median of the relative excess of layers at a rank; None where it is known of none."""
+    values = _relatives(known, rank)
+    return statistics.median(values) if values else None
+
+
+def _relatives(known: Iterable[dict[str, Any]], rank: int) -> list[float]:
+    """Without the layers that lose nothing at that rank."""
+    found = [one for crossed in known if (one := at_rank(crossed, rank)) is not None]
+    return [relative(one["excess"], one["least"]) for one in found if one["least"] > _NOTHING]
 
 
 def advice(tokens: int, known: Iterable[dict[str, Any] | None]) -> str | None:

@@ -1,7 +1,9 @@
 """A calibration that grows ends as one of all sequences at once, and serves the old moments meanwhile."""
 
 import random
+import re
 import shutil
+import statistics
 from pathlib import Path
 
 import kills
@@ -13,6 +15,7 @@ from prep import Interrupted, PrepError
 from prep.preprocess.calibration.job import Calibration
 from prep.preprocess.verify import verify
 from prep.store import open_store
+from prep.store.excess import percent
 from prep.store.staging import beside
 
 RUN = {"seq_len": 16, "batch_size": 4, "quiet": True}
@@ -179,3 +182,51 @@ def test_bases_of_fewer_sequences_are_removed_and_named(place, tmp_path, capsys)
     )
     assert "bases full of 8 sequences are gone: run `prep decompose` again" in said
     assert list(grown.bases) == [] and verify(tmp_path / "s").findings == []
+
+
+# --until
+
+
+def excess(store, rank):
+    prep.decompose(store, rank=rank, quiet=True)
+    rows = [row for row in prep.evaluate(store, ranks=rank, sample=3) if row.excess is not None and row.least > 1e-9]
+    return statistics.median(row.relative for row in rows)
+
+
+def test_until_stops_where_the_doubling_table_says(place, tmp_path, capsys):
+    sizes = (8, 16, 32)
+    table = {size: excess(calibrate(place, tmp_path / f"{size}", size).location, 8) for size in sizes}
+    assert table[8] > table[16] > table[32]
+    target = (table[16] + table[32]) / 2
+    grown = calibrate(place, tmp_path / "s", 64, until=f"{100 * target}%", rank=8, quiet=False)
+    said = capsys.readouterr().err
+    assert grown.corpus["num_sequences"] == 32
+    assert f"16 sequences: rank-8 bases lose {percent(table[16])} more output than they need: twice as many" in said
+    assert f"32 sequences: rank-8 bases lose {percent(table[32])} more output than they need: --until" in said
+    assert_same(grown, open_store(tmp_path / "32"))
+    before = tiny.contents(tmp_path / "s")
+    calibrate(place, tmp_path / "s", 64, until=target, rank=8)
+    assert tiny.contents(tmp_path / "s") == before
+    grown = calibrate(place, tmp_path / "s", 48, until=table[32] / 100, rank=8, quiet=False)
+    assert grown.corpus["num_sequences"] == 48
+    assert "48 sequences" in (said := capsys.readouterr().err) and "all are in before --until" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"until": "2"}, "'2' is not a share between 0 and 1: write it like 2% or 0.02"),
+        ({"until": "little"}, "'little' is not a share"),
+        ({"until": 0.02, "moment": "diagonal"}, "--until needs both halves of the moments"),
+        ({"until": 0.02, "halves": False}, "--until needs both halves of the moments"),
+        ({"until": 0.02, "dry_run": True}, "and no --dry-run"),
+        ({"rank": 8}, "--rank belongs to --until"),
+        ({"until": 0.02, "rank": 0}, "--rank 0 is too small"),
+        ({"until": 0.02, "rank": 500}, "a --rank below that of the layers"),
+        ({"until": 0.02, "batch_size": 16}, "two batches or more"),
+    ],
+)
+def test_until_refuses_in_one_line(place, tmp_path, options, message):
+    with pytest.raises(PrepError, match=re.escape(message)) as caught:
+        calibrate(place, tmp_path / "s", 8, **options)
+    assert len(str(caught.value).splitlines()) == 1
