@@ -2,8 +2,9 @@
 
     python benchmarks/excess.py --model .cache/smollm2 --data gsm8k_train.jsonl --work /tmp/excess
 
-The rows of the data go to two files. Bases are made of 4k to 64k tokens of the first one; the truth is what they lose
-on 160k tokens of the second one beyond the best basis there. Prints a line for each number of tokens and rank.
+The rows of the data go to two files. Bases are made of 4k to 64k tokens of the first one, of a store that grows; the
+truth is what they lose on 160k tokens of the second one beyond the best basis there. Prints a line for each number of
+tokens and rank, and how well the line of advice foretold the excess at four times the tokens.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ def main() -> None:
     options = asked.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     known, other = split(Path(options.data), options.work)
-    truth = calibrated(options, other, options.truth, options.work / "truth.zarr")
-    best = losses(prep.evaluate(truth, ranks=options.ranks, sample=1))
+    truth = calibrated(options, other, options.truth, options.work / "truth.zarr", 8)
+    best = losses(prep.evaluate(truth, ranks=options.ranks))
+    store, found = options.work / "known.zarr", {}
     print("| tokens | rank | predicted | true | median of predicted / true |")
     print("|---|---|---|---|---|")
     for count in options.sequences:
-        store = calibrated(options, known, count, options.work / f"{count}.zarr")
+        calibrated(options, known, count, store, 4)
         predicted = {(row.layer, row.rank): row.relative for row in prep.evaluate(store, ranks=options.ranks, sample=0)}
         there = losses(prep.evaluate(store, on=truth, ranks=options.ranks))
         for rank in options.ranks:
@@ -48,7 +50,12 @@ def main() -> None:
             ]
             middle = [statistics.median(values) for values in zip(*pairs, strict=True)]
             ratio = statistics.median(a / b for a, b in pairs)
+            found[count, rank] = middle
             print(f"| {count * SEQ_LEN:,} | {rank} | {middle[0]:.2%} | {middle[1]:.2%} | {ratio:.2f} |", flush=True)
+    print("| tokens | rank | true excess at 4 times the tokens, of what was said |\n|---|---|---|")
+    for (count, rank), (said, _) in found.items():
+        if (later := found.get((4 * count, rank))) is not None:
+            print(f"| {count * SEQ_LEN:,} | {rank} | {later[1] / (said * 4**-0.8):.2f} |")
 
 
 def split(data: Path, work: Path) -> tuple[Path, Path]:
@@ -60,11 +67,18 @@ def split(data: Path, work: Path) -> tuple[Path, Path]:
     return files
 
 
-def calibrated(options: argparse.Namespace, data: Path, count: int, store: Path) -> Path:
-    """A store of `count` sequences with its basis; one that is there is used."""
+def calibrated(options: argparse.Namespace, data: Path, count: int, store: Path, batch_size: int) -> Path:
+    """A store of `count` sequences with its basis; one of as many that is there is used, one of fewer grows."""
     begun = time.monotonic()
     prep.covariance(
-        options.model, str(data), template=TEMPLATE, num_sequences=count, layers=options.layers, store=store, quiet=True
+        options.model,
+        str(data),
+        template=TEMPLATE,
+        num_sequences=count,
+        batch_size=batch_size,
+        layers=options.layers,
+        store=store,
+        quiet=True,
     )
     prep.decompose(store, rank=max(options.ranks), quiet=True)
     print(f"{store.name}: {time.monotonic() - begun:.0f} s", flush=True)
