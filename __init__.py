@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .preprocess.verify import verify as verify
     from .store import open_store as open_store
     from .store.pool import pool as pool
+    from .store.remove import remove as remove
     from .store.transfer import pull as pull
     from .store.transfer import push as push
 
@@ -53,6 +54,7 @@ _EXPORTS = {
     "export": ".adapters.peft.export",
     "verify": ".preprocess.verify",
     "pool": ".store.pool",
+    "remove": ".store.remove",
     "push": ".store.transfer",
     "pull": ".store.transfer",
 }

@@ -87,7 +87,13 @@ _decompose_option = partial(_option, DecomposeOptions)
 
 @main.command(short_help="Second moments of every linear layer's input.")
 @click.option("--model", required=True, help="Path or hub id of the model.")
-@click.option("--data", required=True, help="Hub id, or a .jsonl .json .parquet .csv .txt file, or a glob of files.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    help="Hub id, or a .jsonl .json .parquet .csv .txt file (but for .parquet also with .gz or .zst), or a glob of "
+    "files. Repeated, a mixture: a.jsonl=2 gives twice the sequences of b.jsonl.",
+)
 @_shared
 @_covariance_option("--revision", help="Revision of the model on the hub.")
 @_covariance_option("--subset", help="Configuration of a hub data set.")
@@ -105,9 +111,12 @@ _decompose_option = partial(_option, DecomposeOptions)
 @_covariance_option("--pack/--no-pack", help="Join documents by the end token, or pad one per sequence.")
 @_covariance_option("--seed", type=click.IntRange(0), help="Seed of the document order.")
 @_covariance_option(
-    "--targets", multiple=True, help="Regular expression of layer names; repeatable.  [default: all in blocks]"
+    "--targets",
+    multiple=True,
+    help="Regular expression of layer names, or a pattern such as *.q_proj; repeatable.  [default: all-linear, those "
+    "in blocks]",
 )
-@_covariance_option("--exclude", multiple=True, help="Regular expression of layer names to leave out; repeatable.")
+@_covariance_option("--exclude", multiple=True, help="The same, of layers to leave out; repeatable.")
 @_covariance_option("--layers", help="Block numbers, such as 0-3,8.")
 @_covariance_option(
     "--moment",
@@ -156,7 +165,7 @@ _decompose_option = partial(_option, DecomposeOptions)
 )
 @_covariance_option("--checkpoint-every", help="How often the state of an unfinished run is stored.")
 @_covariance_option(
-    "--dry-run", is_flag=True, help="Print memory, disk and time from one batch per pass; store nothing."
+    "--dry-run", is_flag=True, help="Print memory, disk and time, from one batch per pass as a sample; store nothing."
 )
 @_covariance_option("--overwrite", is_flag=True, help="Replace the store that is there when the new one is complete.")
 @_covariance_option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
@@ -171,6 +180,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
         --template "{question}\\n{answer}"
     prep covariance --model ./model --data "text/*.jsonl" --num-sequences 64 --seq-len 256
     prep covariance --model ./model --data text.jsonl --until 2% --rank 64 --num-sequences 4096
+    prep covariance --model ./model --data code.jsonl=2 --data prose.jsonl
     """
     from .preprocess.calibration.estimate import Estimate, lines
     from .preprocess.covariance import covariance as run
@@ -194,7 +204,13 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 
 @main.command(short_help="Whitened SVD bases of every layer.")
 @_shared
-@_decompose_option("--for", type=click.Choice(list(PUBLISHED)), help="A published method: metric, power and select.")
+@_decompose_option(
+    "--for",
+    multiple=True,
+    metavar=f"[{'|'.join(PUBLISHED)}]",
+    help="A published method: metric, power and select. Several, repeated or joined by commas, share one load of the "
+    "model and one reading of each moment.",
+)
 @_decompose_option("--name", help="Name of the basis.  [default: from metric, power and select]")
 @_decompose_option(
     "--metric",
@@ -224,14 +240,22 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     \b
     prep decompose                               the C^(1/2)-whitened SVD
     prep decompose --for corda_kpm --rank 32     a published method
+    prep decompose --for pissa,whitened,eva      several at once
     prep decompose --metric identity --model X   plain SVD, needs no covariance
     """
     from .preprocess.decompose import decompose as run
     from .preprocess.distributed import launched
 
-    basis = run(store, quiet=quiet, distributed=launched(), **options)
-    if basis is None:  # rank 0 says the rest
+    bases = run(store, quiet=quiet, distributed=launched(), **options)
+    if bases is None:  # rank 0 says the rest
         return
+    for basis in {basis.name: basis for basis in (bases if isinstance(bases, list) else [bases])}.values():
+        _say_basis(store, quiet, basis)
+    _say(quiet, f"next: prep info{_store_option(store)}")
+
+
+def _say_basis(store: str, quiet: bool, basis: Any) -> None:
+    """What was kept of every layer of a basis, and what of it is not resolved."""
     energies = sorted(record.energy for record in basis.layers.values())
     ranks = sorted({record.rank for record in basis.layers.values()})
     kept = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
@@ -243,7 +267,6 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     unresolved = sum(record.rank > record.numerical_rank for record in basis.layers.values())
     if unresolved:
         _say(quiet, f"{unresolved} layers keep directions below their numerical rank: see `prep info --json`")
-    _say(quiet, f"next: prep info{_store_option(store)}")
 
 
 @main.command(short_help="What every basis loses of the layers' outputs.")
@@ -299,7 +322,8 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         return
     for line in table(facts):
         click.echo(line)
-    trainable = [name for name, basis in facts["bases"].items() if basis["method"]["metric"] != "components"]
+    whole = {name: basis["method"] for name, basis in facts["bases"].items() if "problem" not in basis}
+    trainable = [name for name, method in whole.items() if method["metric"] != "components"]
     if facts["status"] != "complete":
         _say(quiet, "next: the same `prep covariance` command again")
     elif trainable:
@@ -358,6 +382,28 @@ def verify(store: str, quiet: bool, as_json: bool, **options: Any) -> None:
         _say(quiet, f"{store}: {report.sites} sites, {report.bases} bases, {size}: {whole}")
     if report.findings:
         sys.exit(1)
+
+
+@main.command(short_help="Take bases or the moments out of a store.")
+@click.argument("names", nargs=-1, metavar="[BASIS]...")
+@_shared
+@click.option("--moments", is_flag=True, help="Remove the moments, and keep the bases made of them.")
+@click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
+def remove(names: tuple[str, ...], store: str, quiet: bool, **options: Any) -> None:
+    """Remove bases by name, or the moments; `prep info` lists them with their sizes.
+
+    \b
+    prep remove identity full-p1      two bases
+    prep remove --moments             what `prep covariance` wrote; the same command would bring it back
+    """
+    from .store.remove import remove as run
+
+    left = run(store, names, **options)
+    _say(quiet, f"{store}: {', '.join([*names, *['the moments'] * options['moments']])} removed")
+    _say(
+        quiet,
+        f"left: {', '.join(left.attrs['bases']) or 'no basis'}{'' if left.corpus is None else ', and the moments'}",
+    )
 
 
 @main.command(short_help="The moments of several stores of one model as one.")

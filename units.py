@@ -1,7 +1,10 @@
-"""Sizes, durations and block numbers as people write them."""
+"""Sizes, durations, mixtures and block numbers as people write them."""
 
+import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 
 from .errors import PrepError
 
@@ -32,6 +35,35 @@ def parse_seconds(time: float | str) -> float:
     if not match:
         raise PrepError(f"{time!r} is not a time: write it like 60s or 5m")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_mixture(data: str | Iterable[str] | Mapping[str, float]) -> tuple[tuple[str, int], ...]:
+    """(name, weight) of every source, from "a", ["a=2", "b"] or {"a": 2, "b": 1}; what exists is a name as it is.
+
+    Weights are given in lowest whole numbers, to six decimal digits. PrepError for one that is no positive number.
+    """
+    if isinstance(data, Mapping):
+        given = [(str(name), weight) for name, weight in data.items()]
+    else:
+        given = [_weighted(str(one)) for one in ([data] if isinstance(data, (str, os.PathLike)) else data)]
+    if not given:
+        raise PrepError("--data names nothing to read: give a file, a glob or a hub id")
+    parts = []
+    for name, weight in given:
+        try:
+            parts.append(round(Fraction(str(weight)) * 10**6))
+        except (ValueError, ZeroDivisionError):
+            parts.append(0)
+        if parts[-1] <= 0:
+            raise PrepError(f"--data {name} has the weight {weight}: give a number above 0, as in {name}=2")
+    common = math.gcd(*parts)
+    return tuple((name, part // common) for (name, _), part in zip(given, parts, strict=True))
+
+
+def _weighted(text: str) -> tuple[str, float | str]:
+    name, mark, weight = text.rpartition("=")
+    number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|nan|inf", weight.lower())
+    return (name, weight) if mark and name and number and not os.path.exists(text) else (text, 1)
 
 
 def parse_share(share: float | str) -> float:

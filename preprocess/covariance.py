@@ -5,6 +5,7 @@ C = E[x x^T] over the real tokens, uncentred, with the mean beside it, per site 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from ..errors import PrepError
 from ..store import Store, open_store
 from ..store.format.schema import is_url
-from .calibration.estimate import Estimate, estimate
+from .calibration.estimate import Estimate, announce, estimate
 from .calibration.job import Calibration
 from .calibration.run import Run, finished
 from .calibration.until import grown
@@ -31,7 +32,7 @@ from .progress import say
 
 def covariance(
     model: str | nn.Module,
-    data: str | None = None,
+    data: str | Sequence[str] | Mapping[str, float] | None = None,
     *,
     batches: Iterable[Any] | None = None,
     mask: Mask | None = None,
@@ -73,6 +74,9 @@ def covariance(
 ) -> Store | Estimate | None:
     """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
 
+    data: of several, in a list or a dictionary with weights, {"a.jsonl": 2, "b.jsonl": 1}, sequences are taken in
+    proportion (see corpus/mixture.py); the options of text are of all of them.
+
     model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
     tensors that it is called with. mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's
     `attention_mask`. The options from `subset` to `seed` are of `data`, those of loading of a path or hub id.
@@ -111,16 +115,19 @@ def covariance(
 
 def _calibrate(world: World, options: CovarianceOptions, module: nn.Module | None = None) -> Any:
     """module: the model, if it has been loaded."""
+    begun = time.monotonic()
     source = world.on_all(open_source, options)
     run = world.on_all(Run.of, options, source)
-    if not options.dry_run:
+    if isinstance(source, Text) and options.dry_run:
+        announce(options, source)
+    else:
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
             return open_store(options.store) if world.rank == 0 else None
     module = world.on_all(_load, options, world) if module is None else module
     network = world.on_all(observe, module, source, options)
     if isinstance(source, Text) and options.dry_run:
-        return estimate(options, network, source)
+        return estimate(options, network, source, time.monotonic() - begun)
     with Calibration(options, run, network, source, world) as job:
         for part in job.parts():
             with part.hooked():

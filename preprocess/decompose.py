@@ -1,27 +1,28 @@
-"""`prep decompose`: the whitened SVD of every layer of a store.
+"""`prep decompose`: the whitened SVD of every layer of a store, in one metric or several.
 
 Moments are read once per site, the numerics are those of numerics/whitening.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..store import BasisSet, open_store
+from .decomposition.existing import not_made
 from .decomposition.job import Decomposition
-from .decomposition.request import is_made, load_layers, made_already, open_request
+from .decomposition.request import basis_names, load_layers, open_requests
 from .distributed import World, joined
 from .options import DecomposeOptions
-from .progress import say
 
 
 def decompose(
     store: str | Path = "prep.zarr",
     *,
-    for_: str | None = None,
+    for_: str | Sequence[str] | None = None,
     name: str | None = None,
     metric: str | None = None,
     power: float | None = None,
@@ -39,10 +40,12 @@ def decompose(
     trust_remote_code: bool = False,
     quiet: bool = False,
     distributed: bool = False,
-) -> BasisSet | None:
+) -> BasisSet | list[BasisSet] | None:
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
 
-    for_: a published method (a row of PUBLISHED); metric, power, select and center override its choices. model: a path,
+    for_: a published method (a row of PUBLISHED), whose metric, power, select and center are fixed. Of several methods,
+    in a list or joined by commas, the bases are made with one load of the model and one reading of each
+    moment, and returned as a list in their order; methods that share a basis return it alike. model: a path,
     hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With metric
     identity and `model`, no store need exist. A basis that is there with the same options is returned, an incomplete
     one resumed; another one is refused, or with `overwrite` replaced when the new one is complete.
@@ -57,14 +60,18 @@ def decompose(
         return _decompose(options, world)
 
 
-def _decompose(options: DecomposeOptions, world: World) -> BasisSet | None:
-    request = world.on_all(open_request, options)
-    if world.on_rank_zero(is_made, request):
-        if world.rank == 0:
-            say(made_already(request), options.quiet)
-        return open_store(options.store).bases[request.name] if world.rank == 0 else None
-    net, modules = world.on_all(load_layers, request)
-    with Decomposition(request, net, modules, world) as job:
-        for done in job.layers():
-            job.note(done)
-        return job.basis()
+def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[BasisSet] | None:
+    requests = world.on_all(open_requests, options)
+    missing = world.on_rank_zero(not_made, requests)
+    todo = [request for request in requests if request.name in missing]
+    if todo:
+        net, modules = world.on_all(load_layers, todo)
+        with Decomposition(todo, net, modules, world) as job:
+            for name, done in job.layers():
+                job.note(name, done)
+            job.finish()
+    if world.rank > 0:
+        return None
+    bases = open_store(options.store).bases
+    made = [bases[name] for name in basis_names(options)]
+    return made if options.several else made[0]

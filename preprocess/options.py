@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrepError
-from ..units import blocks_as_text, parse_blocks, parse_seconds, parse_share, parse_size
-from .numerics.methods import MOMENT_KINDS, one_of
+from ..units import blocks_as_text, parse_blocks, parse_mixture, parse_seconds, parse_share, parse_size
+from .numerics.methods import MOMENT_KINDS, PUBLISHED, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class CovarianceOptions:
     """What `covariance` was asked for, checked as far as options alone can be. The fields are the verb's arguments."""
 
     model: str | nn.Module
-    data: str | None = None
+    data: str | Sequence[str] | Mapping[str, float] | None = None
     batches: Iterable[Any] | None = None
     mask: Mask | None = None
     store: str | Path = "prep.zarr"
@@ -77,6 +77,7 @@ class CovarianceOptions:
     every: float = field(init=False)  # checkpoint_every in seconds
     share: float = field(init=False)  # until; 0 where there is none
     at_rank: int = field(init=False)  # rank, or its default
+    sources: tuple[tuple[str, int], ...] = field(init=False)  # of `data`, with their weights
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _uncompiled(self.model))
@@ -87,9 +88,13 @@ class CovarianceOptions:
         object.__setattr__(self, "every", parse_seconds(self.checkpoint_every))
         object.__setattr__(self, "share", 0.0 if self.until is None else parse_share(self.until))
         object.__setattr__(self, "at_rank", UNTIL_RANK if self.rank is None else self.rank)
+        object.__setattr__(self, "sources", () if self.data is None else parse_mixture(self.data))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            patterns = {value} if isinstance(value, str) else set(value)  # their order makes no difference
+            object.__setattr__(self, name, tuple(sorted(patterns)))
+        if tuple(self.targets) == ("all-linear",):  # what is done by default
+            object.__setattr__(self, "targets", ())
         if self.layers is not None:
             object.__setattr__(self, "layers", blocks_as_text(parse_blocks(self.layers)))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -145,7 +150,7 @@ class DecomposeOptions:
     """What `decompose` was asked for. The fields are the verb's arguments."""
 
     store: str | Path = "prep.zarr"
-    for_: str | None = None
+    for_: str | Sequence[str] | None = None
     name: str | None = None
     metric: str | None = None
     power: float | None = None
@@ -163,11 +168,24 @@ class DecomposeOptions:
     trust_remote_code: bool = False
     quiet: bool = False
     distributed: bool = False
+    methods: tuple[str | None, ...] = field(init=False)  # of `for_`; None for that of the other options
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _uncompiled(self.model))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
+        given = [self.for_] if isinstance(self.for_, str) else self.for_ or ()
+        names = [name.strip() for one in given for name in one.split(",")]
+        for name in names:
+            one_of("--for", name, tuple(PUBLISHED))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(names)) or (None,))
+        if self.name is not None and len(self.methods) > 1:
+            raise PrepError(f"--name {self.name} cannot name the bases of {len(self.methods)} methods: leave it out")
+
+    @property
+    def several(self) -> bool:
+        """Whether bases were asked for as a list, or joined by commas."""
+        return self.for_ is not None and (not isinstance(self.for_, str) or "," in self.for_)
 
 
 def _uncompiled(model: Any) -> Any:

@@ -36,7 +36,7 @@ class Bases(Mapping[str, BasisSet]):
     """The named bases of a store. Asking for one that is missing or not complete is an error that says what to run."""
 
     def __init__(self, root: zarr.Group):
-        self._root = root
+        self.root = root
         self.names = [schema.check_name(name, "basis") for name in schema.attributes(root, {"bases": list})["bases"]]
 
     def __getitem__(self, name: str) -> BasisSet:
@@ -53,9 +53,9 @@ class Bases(Mapping[str, BasisSet]):
             raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {decompose_command(name)}")
         try:
             try:
-                group = schema.child(self._root, f"bases/{name}")
+                group = schema.child(self.root, f"bases/{name}")
             except KeyError:  # a process died between the two renames of a replacement
-                group = schema.child(self._root, f"bases/{_old(name)}")
+                group = schema.child(self.root, f"bases/{_old(name)}")
             return BasisSet(name, group)
         except (KeyError, TypeError, ValueError) as error:
             again = decompose_command(name, overwrite=True)
@@ -66,10 +66,10 @@ class Bases(Mapping[str, BasisSet]):
 
         It may be complete. For the holder of the writer's lock.
         """
-        _recover(self._root, name)
-        if isinstance(self._root.store, LocalStore):
+        _recover(self.root, name)
+        if isinstance(self.root.store, LocalStore):
             with contextlib.suppress(KeyError, TypeError, ValueError, StoreError):
-                return BasisSet(name, schema.child(self._root, f"bases/{_new(name)}"))
+                return BasisSet(name, schema.child(self.root, f"bases/{_new(name)}"))
         return None
 
     def __contains__(self, name: object) -> bool:
@@ -205,6 +205,30 @@ class BasisWriter:
         store = self._group.store
         if isinstance(store, LocalStore) and self._group.basename == _new(self._name):
             _put_in_place(store.root, self._name)
+
+
+def forget_basis(root: zarr.Group, name: str) -> None:
+    """Take a basis off a local store's list, and then remove its files. For the holder of the writer's lock."""
+    _recover(root, name)
+    _list(root, name, False)
+    _remove_pending(root, name)
+    folder = _folder(root, name)
+    if not schema.reread(root).attrs["bases"]:  # the last one: the group of all goes with it
+        folder = folder.parent
+    if os.path.lexists(folder):
+        with one_line(folder):
+            remove_all(folder)
+
+
+def is_left(root: zarr.Group, name: str) -> bool:
+    """Whether a local store has a folder of a basis, listed or not."""
+    return any(os.path.lexists(_folder(root, place)) for place in (name, _new(name), _old(name)))
+
+
+def _folder(root: zarr.Group, place: str) -> Path:
+    schema.check_name(place, "basis")
+    assert isinstance(root.store, LocalStore)
+    return root.store.root / "bases" / place
 
 
 def _new(name: str) -> str:

@@ -209,6 +209,16 @@ class BasisSet(Mapping[str, Basis]):
             out[layer] = Basis(U.T, S[:rank], P, self.layers[layer], partial(self._read_spectrum, layer))
         return out
 
+    @property
+    def rank(self) -> int:
+        """Directions of the layers that have most: what was asked for, clipped at their shapes."""
+        return max((group["rank"] for group in self._groups.values()), default=0)
+
+    @property
+    def place(self) -> str:
+        """The path of its group in the store: `bases/<name>`, unless a replacement was cut short."""
+        return self._group.path
+
     def command(self, rank: int) -> str:
         """The `prep decompose` command that makes this basis anew with another rank."""
         return decompose_command(self.name, self.method, rank, overwrite=True)

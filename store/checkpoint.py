@@ -104,7 +104,7 @@ def finish(root: zarr.Group, attrs: Mapping[str, Any]) -> None:
     seal = seal_sites(root)
     sync(root.store.delete_dir("checkpoint"))
     schema.remove_partial(root)
-    kept = {name: value for name, value in root.attrs.items() if name != "checkpoint"}
+    kept = {name: value for name, value in root.attrs.items() if name not in ("checkpoint", "removed")}
     schema.put_attributes(root, {**kept, **attrs, "moments": seal})
 
 

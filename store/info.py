@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import zarr
 
+from ..commands import decompose_command
+from ..errors import StoreError
 from .artifact import Store
 from .bases import Bases
 from .basis import BasisSet
+from .condition import fault
 from .excess import advice, excess_of, percent
 
 
 def info(store: Store) -> dict[str, Any]:
     """Model, corpus, moments and bases of a store with counts, sizes in bytes and captured energy by kind of layer.
 
-    `layers` groups layer names that differ in their block number only; `energy` is the median over a group.
+    `layers` groups layer names that differ in their block number only; `energy` is the median over a group. What is
+    damaged has a `problem` instead of what it would say of itself.
     """
     groups: dict[str, dict[str, Any]] = {}
-    summary = None
-    if store.corpus is not None and store.status == "complete":
-        moments = store.moments
-        kinds: dict[str, int] = {}
-        for site, members in moments.sites.items():
-            kind = moments[site].kind
-            kinds[kind] = kinds.get(kind, 0) + 1
-            for layer in members:
-                entry = moments[layer]
-                group = _group(groups, layer, entry.shape)
-                group["moment"], group["tokens"] = kind, entry.count
-        summary = {"sites": len(moments.sites), "layers": len(moments), "kinds": kinds, "skipped": moments.skipped}
-    bases = {}
+    summary = _moments(store, groups) if store.corpus is not None and store.status == "complete" else None
+    bases: dict[str, dict[str, Any]] = {}
     stored_bases = Bases(store.root)  # also of a store that is not complete
     for name in stored_bases:
+        problem = fault(stored_bases, name)
+        if problem is not None:
+            bases[name] = {"status": problem.split(",")[0], "problem": problem}
+            continue
         basis = stored_bases.open(name)
         for layer, record in basis.layers.items():
             _group(groups, layer, record.shape)["energy"].setdefault(name, []).append(record.energy)
@@ -50,12 +48,29 @@ def info(store: Store) -> dict[str, Any]:
         "bytes": _stored_bytes(store.root),
         "model": store.model,
         "corpus": store.corpus,
+        "removed": store.attrs.get("removed"),
         "moments": summary,
         "bases": bases,
-        "advice": advice(tokens, [basis["excess"] for basis in bases.values()]),
+        "advice": advice(tokens, [basis.get("excess") for basis in bases.values()]),
         "layers": groups,
         "run": store.attrs.get("run"),
     }
+
+
+def _moments(store: Store, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Counts and size of the moments, which go into `groups` by layer; only `bytes` and `problem` where damaged."""
+    size, kinds = _stored_bytes(store.root, "moments"), Counter[str]()
+    try:
+        moments = store.moments
+        entries = {layer: moments[layer] for layer in moments}
+    except StoreError as error:
+        return {"bytes": size, "problem": str(error)}
+    for layer, entry in entries.items():
+        group = _group(groups, layer, entry.shape)
+        group["moment"], group["tokens"] = entry.kind, entry.count
+        kinds[entry.kind] += layer == moments.sites[entry.site][0]
+    counts = {"sites": len(moments.sites), "layers": len(moments), "kinds": dict(kinds)}
+    return {**counts, "skipped": moments.skipped, "bytes": size}
 
 
 def _basis(basis: BasisSet) -> dict[str, Any]:
@@ -65,6 +80,7 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
         "layers": len(records),
         "of": len(basis.expected),
         "method": basis.method,
+        "rank": basis.rank,
         "dtype": basis.dtype,
         "hash": basis.hash,
         "energy": statistics.median(r.energy for r in records) if records else None,
@@ -83,12 +99,12 @@ def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]
     return group
 
 
-def _stored_bytes(group: zarr.Group) -> int | None:
-    """Bytes under a group on a local disk; None elsewhere."""
+def _stored_bytes(group: zarr.Group, name: str = "") -> int | None:
+    """Bytes under a group on a local disk, or under a name in it; None elsewhere."""
     path = getattr(group.store, "root", None)
     if path is None:
         return None
-    return sum(file.stat().st_size for file in (path / group.path).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in (path / group.path / name).rglob("*") if file.is_file())
 
 
 def table(facts: dict[str, Any]) -> list[str]:
@@ -103,35 +119,23 @@ def table(facts: dict[str, Any]) -> list[str]:
         f"model    {model['id'] or 'a module'}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})"
     )
     lines += _corpus(corpus) if corpus else []
+    if facts["removed"]:
+        lines += [*_corpus(facts["removed"]["corpus"]), "moments  removed: only those of the same corpus can come back"]
     if moments:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
-        lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds})")
-        lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
-    bases = facts["bases"]
+        size = "" if moments["bytes"] is None else f", {moments['bytes'] / 1e6:,.0f} MB"
+        if "problem" in moments:
+            lines.append(f"damaged  the moments{size}: {moments['problem']}, or `prep remove --moments`")
+        else:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
+            lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds}){size}")
+            lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
+    for name, basis in facts["bases"].items():
+        if "problem" in basis:
+            again = f"make it anew with {decompose_command(name)}, or `prep remove {name}`"
+            lines.append(f"damaged  basis {name}: it is {basis['problem']}; {again}")
+    bases = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     if bases:
-        rows = [["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "excess", "dtype", "MB"]]
-        for name, basis in bases.items():
-            method = basis["method"]
-            damping = _short(method.get("damping")) if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
-            count = f"{basis['layers']}" if basis["status"] == "complete" else f"{basis['layers']} of {basis['of']}"
-            energy = "" if basis["energy"] is None else f"{basis['energy']:.3f}"
-            plain = method["metric"] in ("identity", "components")
-            rows.append(
-                [
-                    name,
-                    method["metric"],
-                    "" if plain else _short(method.get("power")),
-                    method.get("select", ""),
-                    str(method["rank"]),
-                    "" if plain else damping,
-                    count,
-                    energy,
-                    "" if basis["excess"] is None else percent(basis["excess"]["relative"]),
-                    basis["dtype"],
-                    "" if basis["bytes"] is None else f"{basis['bytes'] / 1e6:,.0f}",
-                ]
-            )
-        lines += ["", *aligned(rows)]
+        lines += ["", *aligned([_COLUMNS, *(_row(name, basis) for name, basis in bases.items())])]
         lines += [facts["advice"]] if facts["advice"] else []
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]
@@ -146,6 +150,30 @@ def table(facts: dict[str, Any]) -> list[str]:
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a store may hold escape codes
 
 
+_COLUMNS = ["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "excess", "dtype", "MB"]
+
+
+def _row(name: str, basis: dict[str, Any]) -> list[str]:
+    """What the table says of a basis."""
+    method = basis["method"]
+    damping = _short(method.get("damping")) if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
+    count = f"{basis['layers']}" if basis["status"] == "complete" else f"{basis['layers']} of {basis['of']}"
+    plain = method["metric"] in ("identity", "components")
+    return [
+        name,
+        method["metric"],
+        "" if plain else _short(method.get("power")),
+        method.get("select", ""),
+        str(basis["rank"]),
+        "" if plain else damping,
+        count,
+        "" if basis["energy"] is None else f"{basis['energy']:.3f}",
+        "" if basis["excess"] is None else percent(basis["excess"]["relative"]),
+        basis["dtype"],
+        "" if basis["bytes"] is None else f"{basis['bytes'] / 1e6:,.0f}",
+    ]
+
+
 def _corpus(corpus: dict[str, Any]) -> list[str]:
     """The lines about what was read."""
     tokens = f"{corpus.get('tokens', 0):,} tokens"
@@ -158,7 +186,13 @@ def _corpus(corpus: dict[str, Any]) -> list[str]:
     if corpus.get("source") == "batches":
         return [f"corpus   {corpus.get('batches', '?')} batches, {tokens}"]
     source, split, count, length = (corpus.get(name, "?") for name in ("source", "split", "num_sequences", "seq_len"))
-    return [f"corpus   {source}, {split}: {count} x {length}, {'packed' if corpus.get('pack') else 'padded'}, {tokens}"]
+    mixture = corpus.get("mixture") or []
+    source = f"mixture of {len(mixture)}" if mixture else source
+    kind = "packed" if corpus.get("pack") else "padded"
+    return [f"corpus   {source}, {split}: {count} x {length}, {kind}, {tokens}"] + [
+        f"         {part['weight']} x {part['source']}, {part['sequences']:,} sequences, {part['tokens']:,} tokens"
+        for part in mixture
+    ]
 
 
 def _short(number: float | None) -> str:

@@ -1,63 +1,14 @@
-"""Families of models, tiny and built from their configurations, with data for each and an oracle for fused experts."""
+"""Data for every family of tiny models, and an oracle for fused experts."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tiny
 import torch
-import transformers
+from tiny import FAMILIES
 from torch import Tensor
-from transformers import AutoConfig
 
 SENTENCES = tiny.texts(24, shortest=2, longest=15)
-TOKENS = {"vocab_size": tiny.SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-DENSE = {**TOKENS, **SIZES, "intermediate_size": 48}
-HEADS = {"num_key_value_heads": 2, "head_dim": 8}
-ROUTED = {**TOKENS, **SIZES, **HEADS, "intermediate_size": 24, "num_experts_per_tok": 2}
-GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-T5 = {**TOKENS, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-VIT = {**SIZES, "intermediate_size": 48, "image_size": 16, "patch_size": 4, "num_labels": 5}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a tiny model of two blocks is made: model type, class, configuration; side: of padding."""
-
-    kind: str
-    auto: str
-    config: dict[str, Any]
-    side: str = "right"
-
-
-FAMILIES = {
-    "Llama": Family("llama", "AutoModelForCausalLM", {**DENSE, "num_key_value_heads": 2}, "left"),
-    "Qwen3": Family("qwen3", "AutoModelForCausalLM", {**DENSE, **HEADS}),
-    "Gemma 3": Family("gemma3_text", "AutoModelForCausalLM", {**DENSE, **HEADS, "sliding_window": 8}),
-    "Mistral": Family("mistral", "AutoModelForCausalLM", {**DENSE, **HEADS, "sliding_window": 8}, "left"),
-    "GPT-2": Family("gpt2", "AutoModelForCausalLM", GPT2),
-    "Phi": Family("phi", "AutoModelForCausalLM", DENSE),
-    "OPT": Family("opt", "AutoModelForCausalLM", {**DENSE, "word_embed_proj_dim": 32, "ffn_dim": 48}, "left"),
-    "BERT": Family("bert", "AutoModelForMaskedLM", DENSE),
-    "ViT": Family("vit", "AutoModelForImageClassification", VIT),
-    "T5": Family("t5", "AutoModelForSeq2SeqLM", T5),
-    "Mixtral": Family("mixtral", "AutoModelForCausalLM", {**ROUTED, "num_local_experts": 4}, "left"),
-    "Qwen3-MoE": Family("qwen3_moe", "AutoModelForCausalLM", {**ROUTED, "moe_intermediate_size": 16, "num_experts": 8}),
-    "GPT-OSS": Family("gpt_oss", "AutoModelForCausalLM", {**ROUTED, "num_local_experts": 4, "rope_parameters": None}),
-    "Llama 4": Family("llama4_text", "AutoModelForCausalLM", {**ROUTED, "num_local_experts": 4}),
-}
-
-
-def build(family: Family) -> Any:
-    """A model with random biases, and weights large enough to matter."""
-    torch.manual_seed(0)
-    model = getattr(transformers, family.auto).from_config(AutoConfig.for_model(family.kind, **family.config)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "bias" in name or parameter.ndim > 1:
-                parameter.normal_(std=0.5 if "bias" in name else 0.2)
-    return model
 
 
 def padded(rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:

@@ -6,27 +6,16 @@ import signal
 from dataclasses import asdict
 from pathlib import Path
 
-from prep.store import begin_moments, open_store, write_site
-from prep.store.format.schema import put_attributes
-from prep.store.moments import seal_sites
+from prep.store import open_store
 
-RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
 GIGABYTE = 2**30
-
-
-def write_moments(root, sites, dtype="float64"):
-    """All moments of a store, as a calibration leaves them. sites: name -> SiteData."""
-    begin_moments(root, {site: list(data.members) for site, data in sites.items()}, {})
-    for site, data in sites.items():
-        write_site(root["moments"], site, data, dtype)
-    put_attributes(root, {**root.attrs, "moments": seal_sites(root)})
 
 
 def everything(path):
     """All that a reader can get out of a store, in plain values."""
-    found = open_store(path)
-    out = {"root": {name: value for name, value in found.attrs.items() if name != "run"}}
-    moments = found.moments
+    store = open_store(path)
+    out = {"root": {name: value for name, value in store.attrs.items() if name != "run"}}
+    moments = store.moments
     out["sites"], out["skipped"] = moments.sites, moments.skipped
     for layer in moments:
         one = moments[layer]
@@ -40,7 +29,7 @@ def everything(path):
                 half.diagonal.tolist(),
                 _matrix(half),
             ]
-    for name, basis in found.bases.items():
+    for name, basis in store.bases.items():
         out[name] = [basis.method, basis.dtype, basis.model, basis.hash, basis.expected]
         for layer, one in basis.read().items():
             values = (one.U, one.S, one.P, one.spectrum)

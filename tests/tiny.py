@@ -1,22 +1,24 @@
-"""Tiny models, tokenizers and texts for the pipeline's tests, and plain readings of what a store must then hold."""
+"""The one builder of tiny models, texts and stores, and plain readings of what a store must then hold."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from prep.linear import layer_shape, weight_hash, weight_matrix
+from prep.store import BasisWriter, LayerRecord, begin_moments, create_store, write_site
+from prep.store.format.schema import put_attributes
+from prep.store.moments import seal_sites
 
 SPECIAL = ["<pad>", "<unk>", "<end>"]
 WORDS = [f"w{i}" for i in range(60)]
@@ -51,49 +53,66 @@ def write_data(path: Path, sentences: list[str]) -> str:
 
 # Models: two blocks, random biases (a fresh model has none that differ from zero), weights large enough to matter
 
-HIDDEN = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+DENSE = {**TOKENS, **SIZES, "intermediate_size": 48}
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+ROUTED = {**TOKENS, **SIZES, **HEADS, "intermediate_size": 24, "num_experts_per_tok": 2}
+GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+T5 = {**TOKENS, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+VIT = {**SIZES, "intermediate_size": 48, "image_size": 16, "patch_size": 4, "num_labels": 5}
 
 
-def llama(intermediate: int = 48) -> Any:
-    sizes = {**HIDDEN, "intermediate_size": intermediate, "num_key_value_heads": 2}
-    return _model(AutoModelForCausalLM, "llama", max_position_embeddings=64, **sizes)
+@dataclass(frozen=True)
+class Family:
+    """How a tiny model of two blocks is made: model type, class, configuration; side: of padding."""
+
+    kind: str
+    auto: str
+    config: dict[str, Any]
+    side: str = "right"
 
 
-def gpt2() -> Any:
-    return _model(AutoModelForCausalLM, "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
+FAMILIES = {
+    "Llama": Family("llama", "AutoModelForCausalLM", {**DENSE, "num_key_value_heads": 2}, "left"),
+    "Qwen3": Family("qwen3", "AutoModelForCausalLM", {**DENSE, **HEADS}),
+    "Gemma 3": Family("gemma3_text", "AutoModelForCausalLM", {**DENSE, **HEADS, "sliding_window": 8}),
+    "Mistral": Family("mistral", "AutoModelForCausalLM", {**DENSE, **HEADS, "sliding_window": 8}, "left"),
+    "GPT-2": Family("gpt2", "AutoModelForCausalLM", GPT2),
+    "Phi": Family("phi", "AutoModelForCausalLM", DENSE),
+    "OPT": Family("opt", "AutoModelForCausalLM", {**DENSE, "word_embed_proj_dim": 32, "ffn_dim": 48}, "left"),
+    "BERT": Family("bert", "AutoModelForMaskedLM", DENSE),
+    "ViT": Family("vit", "AutoModelForImageClassification", VIT),
+    "T5": Family("t5", "AutoModelForSeq2SeqLM", T5),
+    "Mixtral": Family("mixtral", "AutoModelForCausalLM", {**ROUTED, "num_local_experts": 4}, "left"),
+    "Qwen3-MoE": Family("qwen3_moe", "AutoModelForCausalLM", {**ROUTED, "moe_intermediate_size": 16, "num_experts": 8}),
+    "GPT-OSS": Family("gpt_oss", "AutoModelForCausalLM", {**ROUTED, "num_local_experts": 4, "rope_parameters": None}),
+    "Llama 4": Family("llama4_text", "AutoModelForCausalLM", {**ROUTED, "num_local_experts": 4}),
+}
 
 
-def phi() -> Any:
-    return _model(AutoModelForCausalLM, "phi", max_position_embeddings=64, **HIDDEN)
-
-
-def bert() -> Any:
-    return _model(AutoModelForMaskedLM, "bert", max_position_embeddings=64, **HIDDEN)
-
-
-def roberta() -> Any:
-    return _model(AutoModelForMaskedLM, "roberta", max_position_embeddings=64, **HIDDEN)
-
-
-def opt() -> Any:
-    return _model(AutoModelForCausalLM, "opt", max_position_embeddings=64, word_embed_proj_dim=32, ffn_dim=48, **HIDDEN)
-
-
-def t5() -> Any:
-    return _model(AutoModelForSeq2SeqLM, "t5", d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4)
-
-
-def _model(auto: Any, kind: str, **sizes: int) -> Any:
-    torch.manual_seed(0)
-    tokens = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
-    model = auto.from_config(AutoConfig.for_model(kind, **tokens, **sizes)).eval()
+def model(family: str | Family, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A model of a family in evaluation mode. config: what differs from the family's own configuration."""
+    if isinstance(family, str):
+        family = FAMILIES[family]
+    torch.manual_seed(seed)
+    settings = AutoConfig.for_model(family.kind, **family.config | config)
+    net = getattr(transformers, family.auto).from_config(settings).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.5)
-            elif parameter.ndim == 2:
-                parameter.normal_(std=0.15)
-    return model
+        for name, parameter in net.named_parameters():
+            if "bias" in name or parameter.ndim > 1:
+                parameter.normal_(std=0.5 if "bias" in name else 0.2)
+    return net.to(dtype)
+
+
+def llama(intermediate: int = 48, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that most tests take: hidden 32, 4 heads (2 of keys), 64 tokens."""
+    return model("Llama", seed, dtype, intermediate_size=intermediate)
+
+
+def layers(net: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer but the head."""
+    return {name: module for name, module in net.named_modules() if is_linear(module) and name != "lm_head"}
 
 
 def save(model: Any, path: Path, padding_side: str = "right") -> str:
@@ -105,6 +124,95 @@ def save(model: Any, path: Path, padding_side: str = "right") -> str:
         logging.enable_progress_bar()
     tokenizer(padding_side).save_pretrained(path)
     return str(path)
+
+
+# Stores
+
+RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}  # a calibration of two batches
+
+
+def sources(path: Path, net: Any = None, sentences: int = 60, padding_side: str = "right") -> SimpleNamespace:
+    """What `prep covariance` takes: a saved `model` (a Llama by default) and `data`, in the directory `path`."""
+    directory = save(llama() if net is None else net, path / "model", padding_side)
+    return SimpleNamespace(path=path, model=directory, data=write_data(path / "text.jsonl", texts(sentences)))
+
+
+METHODS = {  # of the bases in the stores that are not calibrated
+    "full": {"metric": "full", "power": 0.5, "select": "top"},
+    "diagonal": {"metric": "diagonal", "power": 0.5, "select": "top"},
+    "identity": {"metric": "identity", "power": 0.5, "select": "top"},
+    "identity-activation": {"metric": "identity", "power": 0.5, "select": "activation"},
+    "eva": {"metric": "components", "power": 0.5, "select": "top"},
+}
+
+
+def store(path: Path, net: nn.Module, names: tuple[str, ...] = ("full",), rank: int = 16) -> Path:
+    """A store with the named bases of the model's layers, for random second moments; computed in float64."""
+    model_attrs = {"id": "tiny", "revision": None, "class": "Tiny", "config_hash": "0", "dtype": "float32"}
+    members = layers(net)
+    first = weight_hash(weight_matrix(next(iter(members.values()))))
+    attrs = {"id": f"{path.name}-{first}", "model": model_attrs, "corpus": None, "options": None}
+    root = create_store(path, {**attrs, "status": "complete", "prep_version": "0", "run": {}}).root
+    for name in names:
+        write_basis(root, name, members, rank, model_attrs)
+    return path
+
+
+def write_basis(root, name: str, members: dict[str, nn.Module], rank: int, model_attrs: dict) -> None:
+    rng = np.random.default_rng(0)
+    groups: dict = {}
+    for layer, module in members.items():
+        shape = layer_shape(module)
+        group = groups.setdefault(shape, {"layers": [], "rank": min(rank, *shape), "spectrum": min(shape)})
+        group["layers"].append(layer)
+    method = {**METHODS.get(name, METHODS["full"]), "rank": rank}
+    writer = BasisWriter.create(root, name, method=method, dtype="float32", model=model_attrs, groups=groups)
+    for layer, module in members.items():
+        W = weight_matrix(module).double().numpy()
+        U, S, P, spectrum = svd_basis(W, method, rank, rng)
+        shape = layer_shape(module)
+        record = LayerRecord(
+            shape=shape,
+            index=groups[shape]["layers"].index(layer),
+            rank=len(S),
+            energy=float((S**2).sum() / (spectrum**2).sum()),
+            tail=0.0,
+            numerical_rank=len(S),
+            solver="exact",
+            bound=1.0,
+            weight_hash=weight_hash(weight_matrix(module)),
+            weight_dtype=str(weight_matrix(module).dtype).removeprefix("torch."),
+        )
+        arrays = (torch.from_numpy(np.ascontiguousarray(part)) for part in (U, S, P, spectrum))
+        writer.note(writer.put(layer, *arrays, record))
+    writer.finish()
+
+
+def svd_basis(W: np.ndarray, method: dict, rank: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """U (d_out, r), S (r,), P (r, d_in), spectrum (k,) of W M for a random M of the metric."""
+    d_in = W.shape[1]
+    root: np.ndarray = np.eye(d_in)
+    if method["metric"] == "full":
+        X = rng.standard_normal((4 * d_in, d_in)) * rng.uniform(0.3, 3, d_in)
+        root = np.linalg.cholesky(X.T @ X / len(X))
+    elif method["metric"] == "diagonal":
+        root = np.diag(rng.uniform(0.3, 3, d_in))
+    U, S, Vt = np.linalg.svd(W @ root, full_matrices=False)
+    P = Vt @ np.linalg.inv(root)
+    if method["metric"] == "components":
+        P = np.linalg.qr(rng.standard_normal((d_in, len(S))))[0].T
+    chosen = np.arange(len(S))[:rank]
+    if method["select"] == "activation":
+        chosen = np.argsort(-S * rng.uniform(0.5, 2, len(S)))[:rank]
+    return U[:, chosen], S[chosen], P[chosen], S
+
+
+def write_moments(root, sites, dtype="float64"):
+    """All moments of a store, as a calibration leaves them. sites: name -> SiteData."""
+    begin_moments(root, {site: list(data.members) for site, data in sites.items()}, {})
+    for site, data in sites.items():
+        write_site(root["moments"], site, data, dtype)
+    put_attributes(root, {**root.attrs, "moments": seal_sites(root)})
 
 
 # Oracles

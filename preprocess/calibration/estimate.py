@@ -1,7 +1,7 @@
 """`prep covariance --dry-run`: what a calibration will take, from its plan and one batch of every pass.
 
-Memory and disk follow from the plan; time is that of a warm batch of each pass times the number of batches, and of one
-site's write times the size of the store.
+Memory and disk follow from the plan and from a full batch; time is that of loading, of a warm batch of each pass times
+the number of batches, and of one site's write times the size of the store.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from ...store import write_site
 from ..corpus.source import Text
 from ..distributed import ALONE
 from ..memory import peak_device_memory, peak_memory
-from ..model.forward import evaluating
+from ..model.forward import Inputs, evaluating
 from ..model.network import Network
 from ..numerics.accumulators import mapped, moments_of, site_elements
 from ..options import CovarianceOptions
+from ..progress import say
 from .devices import place_sums
 from .part import Batch, Part
 from .plan import make_plan
@@ -47,20 +48,27 @@ class Estimate:
     seconds: float
 
 
-def estimate(options: CovarianceOptions, network: Network, source: Text) -> Estimate:
-    """Run the first batch through every pass, twice, and extrapolate. Nothing is stored."""
+def announce(options: CovarianceOptions, source: Text) -> None:
+    """Say, before it takes its time, what a dry run does."""
+    of, sample = len(source.corpus.sequences), source.batch_size + 1
+    runs = f"runs a sample, {sample:,} of {of:,} sequences a pass" if sample < of else "runs one batch"
+    say(f"dry run: loads the model and {runs}; nothing is stored", options.quiet)
+
+
+def estimate(options: CovarianceOptions, network: Network, source: Text, loading: float) -> Estimate:
+    """Run a sequence and then the first batch through every pass, and extrapolate. loading: seconds until now."""
     devices, limit = place_sums(network, source, options.room, ALONE)
     budget = limit if devices else options.budget
     halves = options.halves and source.half > 0
     plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices, halves=halves)
     batches = len(source.corpus.sequences) / source.batch_size
     inputs = next(source.read())
-    seconds = 0.0
+    seconds = loading
     with evaluating(network.module), exact():
         for sites in plan.passes:
             exactly = options.products == "exact"
             part = Part(network, sites, whole=len(plan.passes) == 1, devices=devices, exact=exactly)
-            seconds += _seconds_per_batch(part, Batch(0, inputs, source.masks(inputs))) * batches
+            seconds += _seconds_per_batch(part, inputs, source) * batches
             seconds += _seconds_to_write(part, network, options.moment_dtype)
     return Estimate(
         layers=sum(len(site.members) for site in network.sites),
@@ -76,12 +84,13 @@ def estimate(options: CovarianceOptions, network: Network, source: Text) -> Esti
     )
 
 
-def _seconds_per_batch(part: Part, batch: Batch) -> float:
-    """Measured on the second batch: the first one also pays for fresh memory and for the start of libraries."""
+def _seconds_per_batch(part: Part, inputs: Inputs, source: Text) -> float:
+    """Of the first batch, once its first sequence has paid for fresh memory and for the libraries' start."""
+    one = {name: value[:1] for name, value in inputs.items()}
     with part.hooked():
-        part.add(batch)
+        part.add(Batch(0, one, source.masks(one)))
         begun = time.monotonic()
-        part.add(batch)  # which waits for the devices
+        part.add(Batch(0, inputs, source.masks(inputs)))  # which waits for the devices
         return time.monotonic() - begun
 
 

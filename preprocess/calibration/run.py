@@ -22,7 +22,7 @@ from ..model.network import Network
 from ..options import CovarianceOptions
 
 _ARCHITECTURE = ("id", "revision", "config_hash")
-_AMOUNT = ("num_sequences", "tokens", "hash")  # of a corpus: how much of the data was taken
+_AMOUNT = ("num_sequences", "tokens", "hash", "mixture")  # of a corpus: how much of the data was taken
 _WEIGHTS = "weights"  # entry of the model's description: a hash over those of all calibrated layers
 
 
@@ -95,7 +95,8 @@ class Run:
         """
         model, options = {**self.model, "revision": self.revision}, {"products": None, **self.options}
         wanted = {"model": model, "corpus": self.corpus, "options": options}
-        if store.corpus is None:
+        there = {**store.attrs, **_removed(store)}
+        if there["corpus"] is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
         different = []
         if fewer := self._fewer(store):
@@ -104,7 +105,7 @@ class Run:
                 different.append(f"corpus: the data does not begin with the {fewer} sequences calibrated on")
         for section, values in wanted.items():
             for key, value in values.items():
-                known = store.attrs[section].get(key)
+                known = there[section].get(key)
                 unknown = (key == "revision" and value is None) or (key == _WEIGHTS and known is None)
                 if known != value and not unknown:
                     different.append(f"{section} {key}: {known!r} there, {value!r} asked for")
@@ -145,7 +146,12 @@ def find(options: CovarianceOptions, run: Run) -> tuple[Path, Store | None]:
     if existing is None:
         return place, None
     differences = run.differences(existing)
-    own_batches = existing.corpus is not None and run.corpus["source"] == "batches" and _holds_moments(existing)
+    held = ""
+    if existing.corpus is not None:
+        held = "moments" if _holds_moments(existing) else ""
+    elif _removed(existing):
+        held = "bases of removed moments"
+    own_batches = held if run.corpus["source"] == "batches" else ""
     if not options.overwrite:
         if differences or own_batches:
             raise PrepError(_refusal(options, differences, own_batches))
@@ -175,6 +181,11 @@ def _is_resumable(store: Store, run: Run) -> bool:
     return text and store.status != "complete" and store.corpus is not None and not run.differences(store)
 
 
+def _removed(store: Store) -> dict[str, Any]:
+    """Corpus, options and id of moments that `prep remove` took out of a store."""
+    return store.attrs.get("removed") or {}
+
+
 def _holds_moments(store: Store) -> bool:
     """Whether anything would be lost if a calibration were begun anew."""
     return store.status == "complete" or read_checkpoint(store.root) is not None
@@ -191,10 +202,11 @@ def _store_at(path: Path) -> Store | None:
     return open_store(path)
 
 
-def _refusal(options: CovarianceOptions, differences: list[str], own_batches: bool) -> str:
+def _refusal(options: CovarianceOptions, differences: list[str], own_batches: str) -> str:
+    """own_batches: what the store holds that batches cannot be compared with."""
     if own_batches:
         return (
-            f"{options.store} holds moments, and batches cannot be compared with theirs: "
+            f"{options.store} holds {own_batches}, and batches cannot be compared with theirs: "
             "name another store, or replace it with overwrite=True"
         )
     if all(one.startswith(f"model {_WEIGHTS}") for one in differences):

@@ -16,7 +16,7 @@ from ...store import Store, open_store
 from ...store.excess import median_excess, percent
 from ...store.staging import occupied
 from ..decomposition.crossing import to_cross
-from ..decomposition.workers import decomposed
+from ..decomposition.workers import Jobs, decomposed
 from ..distributed import World
 from ..model.experts import expert_layers
 from ..numerics.methods import Method
@@ -66,8 +66,9 @@ def _excess(options: CovarianceOptions, module: nn.Module) -> float:
     method = Method(rank=options.at_rank)
     chosen = to_cross(layers, method, SAMPLE)
     modules = {**dict(module.named_modules()), **expert_layers(module)}
-    found = decomposed(moments, {layer: modules[layer] for layer in moments if layer in chosen}, method, 1, chosen)
-    value = median_excess([done.crossed for done in found if done.crossed], options.at_rank)
+    jobs = Jobs({"": method}, {layer: [""] for layer in moments if layer in chosen}, {"": chosen})
+    found = [done.crossed for _, done in decomposed(moments, modules, jobs)]
+    value = median_excess([crossed for crossed in found if crossed], options.at_rank)
     if value is None:
         raise PrepError(
             f"{options.store} does not tell the excess at rank {options.at_rank}: --until needs two batches or more, "

@@ -18,6 +18,7 @@ from ...errors import PrepError
 from ...store.format.untrusted import check_nesting
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # after one of the above but .parquet; names as fsspec has them
 SHUFFLE_BUFFER = 10_000  # rows
 CHECKED = 1 << 30  # bytes of JSON looked through before a reader sees them
 SHUFFLE_FILES = 10  # open at a time
@@ -58,7 +59,7 @@ def _open(source: str, subset: str | None, split: str) -> Any:
     if subset is not None:
         raise PrepError(f"--subset {subset} selects a part of a hub data set, but {source} names files: leave it out")
     # The JSON and CSV readers fail on a file of no bytes; names are taken for patterns unless escaped.
-    names = [glob.escape(os.path.abspath(file)) for file in files if os.path.getsize(file)]
+    names = [glob.escape(os.path.abspath(file)) for file in files if _holds_bytes(file)]
     reader = READERS[_extension(files[0])]
     if reader == "json":
         _check_nesting(files)
@@ -71,7 +72,7 @@ def _check_nesting(files: list[str]) -> None:
     """PrepError for JSON nested so deep that its readers, which recurse, would end the process; in the first GB."""
     left = CHECKED
     for file in files:
-        with open(file, "rb") as opened:
+        with _opened(file) as opened:
             # a .json file is one value, a .jsonl file one a line
             for number, part in enumerate([opened.read(left)] if _extension(file) == ".json" else opened, 1):
                 try:
@@ -83,6 +84,23 @@ def _check_nesting(files: list[str]) -> None:
                     return
 
 
+def _opened(file: str) -> Any:
+    """A file open for reading its bytes, decompressed. PrepError where nothing here decompresses it."""
+    import fsspec
+
+    compression = COMPRESSED.get(os.path.splitext(file)[1].lower())
+    if compression and set("[]") & set(os.path.abspath(file)):  # `datasets` makes a URL of it
+        raise PrepError(f"{file} is compressed and has a bracket in its path: rename it")
+    if compression == "zstd" and compression not in fsspec.available_compressions():
+        raise PrepError(f"reading {file} needs a package: pip install zstandard")
+    return fsspec.open(file, "rb", compression=compression) if compression else open(file, "rb")
+
+
+def _holds_bytes(file: str) -> bool:
+    with _opened(file) as opened:
+        return bool(opened.read(1))
+
+
 def _files(source: str) -> list[str]:
     """The files a source names, sorted; none for a directory or what must be a hub id."""
     path = os.path.expanduser(source)
@@ -91,7 +109,7 @@ def _files(source: str) -> list[str]:
     if len(extensions) > 1:
         raise PrepError(f"{source} matches files of several kinds ({', '.join(extensions)}): narrow --data to one")
     if files and extensions[0] not in READERS:
-        raise PrepError(f"cannot read {source}: convert it to one of {' '.join(READERS)}")
+        raise PrepError(f"cannot read {source}: convert it to one of {' '.join(READERS)}, also with .gz or .zst")
     if files or os.path.isdir(path):
         return files
     if glob.has_magic(path):
@@ -106,7 +124,10 @@ def _files(source: str) -> list[str]:
 
 
 def _extension(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
+    """Of what is in the file: `.jsonl` of both x.jsonl and x.jsonl.gz."""
+    stem, last = os.path.splitext(path.lower())
+    inner = os.path.splitext(stem)[1]
+    return inner if last in COMPRESSED and READERS.get(inner, "parquet") != "parquet" else last
 
 
 def _columns(dataset: Any) -> dict[str, bool]:

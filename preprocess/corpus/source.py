@@ -22,6 +22,7 @@ from ..model.loading import absolute_if_local, load_config, load_tokenizer
 from ..model.placement import input_device
 from ..model.sites import DECODER_MASK, MASK
 from ..options import CovarianceOptions
+from .mixture import load_mixture
 from .text import Corpus, CorpusOptions, load_corpus
 
 CORPUS_FIELDS = (
@@ -58,6 +59,8 @@ class Text:
         middle = -(-len(corpus.sequences) // batch_size) // 2 * batch_size
         self.half = max(0, middle - first) // batch_size
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
+        if corpus.mixture:
+            self.about["mixture"] = list(corpus.mixture)
 
     def after(self, first: int) -> Text:
         """The same corpus from sequence number `first` on."""
@@ -194,10 +197,10 @@ def open_source(options: CovarianceOptions) -> Source:
     name = absolute_if_local(str(options.model))
     load_config(name, options.revision, options.trust_remote_code)  # where there is no model, that is what is wrong
     tokenizer = load_tokenizer(name, options.revision, options.trust_remote_code)
-    corpus = CorpusOptions(
-        source=absolute_if_local(str(options.data)),
-        **{name: getattr(options, name) for name in _SHARED},
-    )
+    parts = [(absolute_if_local(source), weight) for source, weight in options.sources]
+    corpus = CorpusOptions(source=parts[0][0], **{name: getattr(options, name) for name in _SHARED})
+    if len(parts) > 1:
+        return Text(load_mixture(corpus, parts, tokenizer), options.batch_size)
     return Text(load_corpus(corpus, tokenizer), options.batch_size)
 
 

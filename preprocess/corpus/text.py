@@ -12,8 +12,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class Corpus:
     sequences: tuple[np.ndarray, ...]
     pad_id: int
     padding_side: str
+    mixture: tuple[dict[str, Any], ...] = ()  # source, weight, sequences and tokens of every part, see mixture.py
 
     @property
     def tokens(self) -> int:
@@ -104,13 +106,13 @@ class Corpus:
             yield {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def load_corpus(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") -> Corpus:
-    """The first `num_sequences` sequences of the shuffled data.
+def load_corpus(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase", share: Fraction = Fraction(1)) -> Corpus:
+    """The first `num_sequences` sequences of the shuffled data, which are this share of all that were asked for.
 
     Documents get the tokenizer's special tokens, except those of a chat template, which writes its own. Blank documents
     and rows with a missing value are skipped. Raises PrepError for whatever is wrong with the options or the data.
     """
-    _check(options, tokenizer)
+    check_options(options, tokenizer)
     columns, rows = read_rows(options.source, options.subset, options.split, options.seed)
     documents: list[np.ndarray] = []
     with closing(rows):
@@ -123,7 +125,7 @@ def load_corpus(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") ->
     tokens = sum(map(len, documents))
     available = tokens // options.seq_len if options.pack else len(documents)
     if available < options.num_sequences:
-        raise PrepError(_too_little(options, available, len(documents), tokens))
+        raise PrepError(_too_little(options, available, len(documents), tokens, share))
     if options.pack:
         used = options.num_sequences * options.seq_len
         documents = list(np.concatenate(documents)[:used].reshape(-1, options.seq_len))
@@ -131,7 +133,7 @@ def load_corpus(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") ->
     return Corpus(options, tuple(documents), 0 if pad is None else pad, tokenizer.padding_side)
 
 
-def _check(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_options(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse what can be refused before any data is read."""
     for flag, value in (("--num-sequences", options.num_sequences), ("--seq-len", options.seq_len)):
         if value < 1:
@@ -291,8 +293,8 @@ def _take(
     return taken
 
 
-def _too_little(options: CorpusOptions, available: int, documents: int, tokens: int) -> str:
-    fixes = [f"--num-sequences {available}"] if available else []
+def _too_little(options: CorpusOptions, available: int, documents: int, tokens: int, share: Fraction) -> str:
+    fixes = [f"--num-sequences {available // share}"] if available else []
     if options.pack:
         if tokens >= options.num_sequences:
             fixes.append(f"--seq-len {tokens // options.num_sequences}")

@@ -6,7 +6,7 @@ One thread per layer beats many threads per matrix at these sizes; a site's seco
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,25 @@ from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store import Moments
 from ..memory import free_memory
-from ..numerics.methods import Method
+from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
 from .crossing import Parts, noted, parts_of, statistics_of
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
+    for; crossed: name -> layers that are cross-fitted, whose moments have a half.
+    """
+
+    methods: Mapping[str, Method]
+    wanted: Mapping[str, Sequence[str]]
+    crossed: Mapping[str, Collection[str]]
+
+    def crosses(self, layer: str) -> bool:
+        """Whether a layer is cross-fitted for any basis."""
+        return any(layer in self.crossed.get(name, ()) for name in self.wanted[layer])
 
 
 @dataclass(frozen=True)
@@ -36,22 +51,17 @@ class Decomposed:
 
 
 def decomposed(
-    moments: Moments | None,
-    modules: Mapping[str, nn.Module],
-    method: Method,
-    processes: int = 1,
-    crossed: Collection[str] = (),
-) -> Iterator[Decomposed]:
-    """The layers as they are done; at most two sites per worker are held in memory.
+    moments: Moments | None, modules: Mapping[str, nn.Module], jobs: Jobs, processes: int = 1
+) -> Iterator[tuple[str, Decomposed]]:
+    """(name of the basis, layer) as they are done; at most two sites per worker are held in memory.
 
-    moments: of the layers' inputs, None where the method needs none. processes: how many share the machine's cores.
-    crossed: the layers to be cross-fitted, whose moments have a half. PrepError names the layer that failed.
+    moments: of the layers' inputs, None where no method needs them. processes: how many share the machine's cores.
+    PrepError names the layer that failed.
     """
-    sites = _by_site(moments, modules)
+    sites = _by_site(moments, modules, jobs.wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes)
-    needed = max((_memory(moments, site, modules, crossed) for site in sites), default=1)
-    room = free_memory() // processes // needed
+    room = free_memory() // processes // max((_memory(moments, site, modules, jobs) for site in sites), default=1)
     workers = max(1, min(cores, len(sites), room))
     queue = iter(sites)
     running: set[Future] = set()
@@ -59,7 +69,7 @@ def decomposed(
         try:
             while True:
                 while len(running) < 2 * workers and (site := next(queue, None)) is not None:
-                    running.add(pool.submit(_decompose_site, moments, site, modules, method, crossed))
+                    running.add(pool.submit(_decompose_site, moments, site, modules, jobs))
                 if not running:
                     return
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
@@ -70,30 +80,35 @@ def decomposed(
                 future.cancel()
 
 
-def _by_site(moments: Moments | None, modules: Mapping[str, nn.Module]) -> list[list[str]]:
+def _by_site(
+    moments: Moments | None, modules: Mapping[str, nn.Module], wanted: Mapping[str, Sequence[str]]
+) -> list[list[str]]:
     """Layers grouped by the moment they share, the most expensive first, so that the threads end together."""
     if moments is None:
-        groups = [[layer] for layer in modules]
+        groups = [[layer] for layer in wanted]
     else:
-        groups = [[layer for layer in site if layer in modules] for site in moments.sites.values()]
+        groups = [[layer for layer in site if layer in wanted] for site in moments.sites.values()]
 
     def work(layers: list[str]) -> int:
-        return sum(cost(layer_shape(modules[layer])) for layer in layers)
+        return sum(cost(layer_shape(modules[layer])) * len(wanted[layer]) for layer in layers)
 
     return sorted((group for group in groups if group), key=work, reverse=True)
 
 
-def _memory(
-    moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], crossed: Collection[str]
-) -> int:
-    """Bytes that a worker takes for a site: its moment and a copy, and of the largest layer W, P and their products.
-
-    Layers that are cross-fitted take the moments of two parts besides.
+def _memory(moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], jobs: Jobs) -> int:
+    """Bytes that a worker takes for a site: its moment and a copy, of the largest layer W, P and their products, and
+    the bases of all layers beyond the first of each. Layers that are cross-fitted take the moments of two parts, too.
     """
     shapes = [layer_shape(modules[layer]) for layer in layers]
     d_in, full = shapes[0][1], moments is not None and moments[layers[0]].kind == "full"
-    copies = 4 if any(layer in crossed for layer in layers) else 2
-    return 8 * (copies * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes))
+    copies = 4 if any(map(jobs.crosses, layers)) else 2
+    work = copies * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes)
+    more = sum(
+        min(jobs.methods[name].rank, *shape) * sum(shape)
+        for layer, shape in zip(layers, shapes, strict=True)
+        for name in jobs.wanted[layer][1:]
+    )
+    return 8 * (work + more)
 
 
 def cost(shape: tuple[int, int]) -> int:
@@ -103,28 +118,28 @@ def cost(shape: tuple[int, int]) -> int:
 
 
 def _decompose_site(
-    moments: Moments | None,
-    layers: list[str],
-    modules: Mapping[str, nn.Module],
-    method: Method,
-    crossed: Collection[str],
-) -> list[Decomposed]:
-    """All layers of one site, the second moment read once."""
+    moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], jobs: Jobs
+) -> list[tuple[str, Decomposed]]:
+    """All bases of all layers of one site, the second moment read once, when it is first needed."""
     shared: InputStatistics | None = None
     parts: Parts | None = None
     results = []
     for layer in layers:
-        stored = moments[layer] if moments is not None else None
-        if stored is not None and (shared is None or stored.kind == "output"):
-            shared, parts = statistics_of(stored), None
+        if shared is not None and shared.kind == "output":  # of one layer only
+            shared = parts = None
         W = weight_matrix(modules[layer])
-        try:
-            matrix = W.to("cpu", torch.float64).numpy()
-            result, said = whitened_svd(matrix, shared, method), None
-            if layer in crossed and stored is not None and shared is not None:
-                parts = parts or parts_of(stored, shared)
-                said = noted(matrix, result, parts, method)
-        except PrepError as error:
-            raise PrepError(f"{layer}: {error}") from error
-        results.append(Decomposed(layer, W, result, said))
+        dense = W.to("cpu", torch.float64).numpy()
+        for name in jobs.wanted[layer]:
+            method, said = jobs.methods[name], None
+            needed = moments is not None and check(None, method) is not None
+            if needed and shared is None:
+                shared = statistics_of(moments[layer])  # type: ignore[index]
+            try:
+                result = whitened_svd(dense, shared if needed else None, method)
+                if shared is not None and layer in jobs.crossed.get(name, ()):
+                    parts = parts or parts_of(moments[layer], shared)  # type: ignore[index]
+                    said = noted(dense, result, parts, method)
+            except PrepError as error:
+                raise PrepError(f"{layer}: {error}") from error
+            results.append((name, Decomposed(layer, W, result, said)))
     return results

@@ -62,7 +62,7 @@ def open_evaluation(
         _check_kind(layer, moment, sets.values())
     options = DecomposeOptions(store=store, model=model, revision=revision, trust_remote_code=trust_remote_code)
     model_id = None if isinstance(model, nn.Module) else calibrated_id(model, found)
-    _, modules = load_layers(Request(options, Method(), "", found, layers, model_id))
+    _, modules = load_layers([Request(options, Method(), "", found, layers, model_id)])
     for name, basis in sets.items():
         for layer in layers:
             if layer in basis and basis.layers[layer].weight_hash != weight_hash(weight_matrix(modules[layer])):

@@ -7,6 +7,7 @@ same version. The experts of a block share nothing: each of their projections is
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ...linear import is_linear, layer_shape
 from ...units import parse_blocks
 from .experts import ExpertLinear, expert_layers, home, is_fused
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
 _NO_PRODUCTS = (nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -58,16 +60,19 @@ def target_layers(
 ) -> dict[str, nn.Module]:
     """Linear layers by full module name in module order, then fused experts.
 
-    Without `targets`: every linear layer of the blocks, so not the head; in a model without blocks, every linear layer.
-    targets, exclude: regular expressions searched in the names; layers: block numbers such as "0-3,8". PrepError if a
-    target matches no layer, or nothing linear.
+    Without `targets`, or for "all-linear": every linear layer of the blocks, so not the head; in a model without
+    blocks, every linear layer. targets, exclude: regular expressions searched in the names, or patterns of whole names
+    that begin with *; layers: block numbers such as "0-3,8". PrepError if a target matches no layer, or nothing linear.
     """
     modules: dict[str, nn.Module] = {**dict(model.named_modules()), **expert_layers(model)}
     linear = {name: module for name, module in modules.items() if is_linear(module)}
-    chosen = {name for name in linear if block_index(name) is not None} or set(linear)
+    usual = {name for name in linear if block_index(name) is not None} or set(linear)
+    chosen = set() if targets else usual
     if targets:
-        chosen = set()
         for pattern in targets:
+            if pattern == ALL_LINEAR:
+                chosen |= usual
+                continue
             matched = {name for name in modules if name and _search(pattern, name, "--targets")}
             if not matched:
                 raise PrepError(
@@ -257,10 +262,16 @@ def _narrowed(names: set[str], exclude: Sequence[str], layers: str | None) -> se
 
 
 def _search(pattern: str, name: str, option: str) -> bool:
+    """Whether a regular expression is found in a name, or a pattern such as `*.q_proj`, which is none, is all of it."""
+    if pattern.startswith("*"):
+        return fnmatch.fnmatchcase(name, pattern)
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
-        raise PrepError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+        raise PrepError(
+            f"{option} {pattern!r} is not a regular expression: {error}; "
+            "write one, such as q_proj$, or a pattern of whole names that begins with *, such as *.q_proj"
+        ) from error
 
 
 def _examples(names: list[str]) -> str:

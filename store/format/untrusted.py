@@ -29,6 +29,7 @@ NULL = None
 _MODEL = {name: (str, NULL) for name in ("id?", "revision?", "class?", "config_hash?", "dtype?")}
 _CORPUS: dict[str, Any] = dict.fromkeys(("num_sequences?", "seq_len?", "tokens?", "batches?"), int)
 _CORPUS |= {"source?": str, "split?": (str, NULL), "pack?": bool, "parts?": [{"weight": float, "corpus": _CORPUS}]}
+_CORPUS["mixture?"] = [{"source": str, "weight": int, "sequences": int, "tokens": int}]
 
 ROOT = {
     "format": str,
@@ -40,6 +41,7 @@ ROOT = {
     "corpus?": (NULL, _CORPUS),
     "options?": (NULL, dict),
     "moments?": str,
+    "removed?": {"corpus": _CORPUS, "options": (NULL, dict), "id": Word},
     "checkpoint?": (NULL, dict),
     "run?": (NULL, dict),
 }

@@ -4,25 +4,20 @@ import json
 import struct
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from workers import logits, one_thread, tiny_llama, write_store  # noqa: F401
+from workers import logits
 
 import prep
 from prep.adapters.cores import CORES, Core
 from prep.store import open_store
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "prep.zarr"
-    return write_store(path, tiny_llama(), ("full", "identity", "eva"), rank=24)
-
-
 def trained(store, seed=0, dtype=torch.float32, **arguments):
-    model = tiny_llama(dtype=dtype)
+    model = tiny.llama(dtype=dtype)
     adapter = prep.attach(model, store, **arguments)
     torch.manual_seed(seed)
     for parameter in adapter.parameters():
@@ -38,9 +33,9 @@ def saved(store, tmp_path):
     return model, tmp_path / "adapter.safetensors"
 
 
-def refused(path, match, model=None, **arguments):
+def refused(path, match=None, model=None, **arguments):
     """Loading is refused and leaves the model as it was."""
-    model = model or tiny_llama()
+    model = model or tiny.llama()
     before = {name: id(module) for name, module in model.named_modules()}
     with pytest.raises(prep.PrepError, match=match) as caught:
         prep.load(model, path, **arguments)
@@ -55,13 +50,13 @@ def test_a_loaded_model_is_bitwise_the_saved_one(store, tmp_path, name, embed):
     model = trained(store, core=name, rank=20, layers="self_attn|up_proj")
     path = tmp_path / "adapter.safetensors"
     prep.save(model, path, embed_basis=embed)
-    fresh = tiny_llama()
+    fresh = tiny.llama()
     adapter = prep.load(fresh, path, store=None if embed else store)
     assert torch.equal(logits(fresh), logits(model))
     assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {n for n, _ in adapter.named_parameters()}
     prep.merge(fresh)
     prep.detach(fresh)
-    assert torch.equal(logits(fresh), logits(tiny_llama()))
+    assert torch.equal(logits(fresh), logits(tiny.llama()))
 
 
 def test_a_reference_is_smaller_than_a_basis(store, tmp_path):
@@ -78,7 +73,7 @@ def test_half_precision_and_components_survive(store, tmp_path, embed):
     for number, arguments in enumerate(cases):
         model = trained(store, **arguments)
         prep.save(model, tmp_path / f"{number}.safetensors", embed_basis=embed)
-        fresh = tiny_llama(dtype=model.dtype)
+        fresh = tiny.llama(dtype=model.dtype)
         prep.load(fresh, tmp_path / f"{number}.safetensors", store=None if embed else store)
         assert torch.equal(logits(fresh), logits(model))
 
@@ -121,10 +116,10 @@ def test_a_core_of_ones_own_needs_its_class(store, tmp_path):
     model = trained(store, core=Shift(strength=2))
     path = tmp_path / "adapter.safetensors"
     prep.save(model, path)
-    refused(path, "holds the core Shift, which is not a built-in one: pass its class, core=Shift")
-    refused(path, "holds the core Shift, not Other", core=Other)
-    refused(path, "holds the core Shift, not Gain", core=CORES["gain"])
-    fresh = tiny_llama()
+    refused(path, "pass its class")
+    refused(path, "not Other", core=Other)
+    refused(path, "not Gain", core=CORES["gain"])
+    fresh = tiny.llama()
     adapter = prep.load(fresh, path, core=Shift)
     assert torch.equal(logits(fresh), logits(model))
     assert next(iter(adapter.layers.values())).core.options == {"strength": 2.0}
@@ -132,8 +127,8 @@ def test_a_core_of_ones_own_needs_its_class(store, tmp_path):
 
 def test_another_core_is_refused(saved):
     _, path = saved
-    refused(path, "holds the core dplr, not Gain", core=CORES["gain"])
-    prep.load(tiny_llama(), path, core=CORES["dplr"])
+    refused(path, "not Gain", core=CORES["gain"])
+    prep.load(tiny.llama(), path, core=CORES["dplr"])
 
 
 def test_a_class_that_has_changed_is_refused(store, tmp_path):
@@ -143,19 +138,19 @@ def test_a_class_that_has_changed_is_refused(store, tmp_path):
         self.v = nn.Parameter(torch.zeros(r, 2))
 
     renamed = type("Shift", (Core,), {"build": build, "__annotations__": {"strength": float}, "strength": 1.0})
-    refused(tmp_path / "a.safetensors", r"q_proj: the core Shift takes .*'v'.* not .*'w'", core=renamed)
+    refused(tmp_path / "a.safetensors", "takes .*'v'.* not .*'w'", core=renamed)
     narrow = type("Shift", (Core,), {"build": build})
-    refused(tmp_path / "a.safetensors", "no option 'strength'", core=narrow)
+    refused(tmp_path / "a.safetensors", "no option", core=narrow)
 
 
 def test_another_base_model_is_refused(saved):
     _, path = saved
-    refused(path, r"q_proj has other weights .*drift 1\d\d", model=tiny_llama(seed=1))
-    prep.load(tiny_llama(seed=1), path, verify=False)
-    prep.load(tiny_llama(dtype=torch.bfloat16), path)
-    model = tiny_llama()
+    refused(path, "other weights", model=tiny.llama(seed=1))
+    prep.load(tiny.llama(seed=1), path, verify=False)
+    prep.load(tiny.llama(dtype=torch.bfloat16), path)
+    model = tiny.llama()
     model.model.layers[1].mlp.gate_proj = nn.Linear(32, 40)
-    refused(path, "gate_proj is 40 x 32 in the model and 48 x 32", model=model)
+    refused(path, "40 x 32", model=model)
 
 
 def test_a_model_with_an_adapter_is_refused(saved):
@@ -194,8 +189,8 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header, tensors: header.update(format_version=2), "format version 2, .* reads up to 1: upgrade"),
-        (lambda header, tensors: header.pop("format_version"), "metadata .* not those of an adapter"),
+        (lambda header, tensors: header.update(format_version=2), "format version 2"),
+        (lambda header, tensors: header.pop("format_version"), "format_version"),
         (lambda header, tensors: header["core"]["options"].update(k=3), "altered"),
         (lambda header, tensors: header["layers"].popitem(), "altered"),
         (lambda header, tensors: tensors.popitem(), "altered"),
@@ -217,18 +212,18 @@ def test_what_is_not_an_adapter_is_refused(saved, tmp_path):
 def test_a_reference_is_checked_against_its_store(store, tmp_path):
     path = tmp_path / "adapter.safetensors"
     prep.save(trained(store), path, embed_basis=False)
-    refused(path, "refers to the basis 'full' of a store: pass it, store=")
-    other = write_store(tmp_path / "other.zarr", tiny_llama())
-    refused(path, "has the id other.zarr-.* and not prep.zarr-", store=other)
-    same = write_store(tmp_path / "prep.zarr", tiny_llama(), rank=12)
-    refused(path, "refers to another basis 'full'", store=same)
-    bare = write_store(tmp_path / "bare" / "prep.zarr", tiny_llama(), ("identity",))
-    refused(path, "no basis 'full'", store=bare)
+    refused(path, "pass it")
+    other = tiny.store(tmp_path / "other.zarr", tiny.llama())
+    refused(path, "has the id", store=other)
+    same = tiny.store(tmp_path / "prep.zarr", tiny.llama(), rank=12)
+    refused(path, "another basis", store=same)
+    bare = tiny.store(tmp_path / "bare" / "prep.zarr", tiny.llama(), ("identity",))
+    refused(path, "no basis", store=bare)
 
 
 def test_saving_needs_an_adapter_and_a_place(store, tmp_path):
     with pytest.raises(prep.PrepError, match="no adapter"):
-        prep.save(tiny_llama(), tmp_path / "a.safetensors")
+        prep.save(tiny.llama(), tmp_path / "a.safetensors")
     with pytest.raises(prep.PrepError, match="cannot write"):
         prep.save(trained(store), tmp_path / "missing" / "a.safetensors")
 
@@ -289,7 +284,7 @@ def test_a_forged_file_is_refused_in_one_line(saved, name):
     _, path = saved
     change = FORGERIES[name]
     forge(path, lambda header, tensors: result if isinstance(result := change(header, tensors), (str, dict)) else None)
-    refused(path, "")
+    refused(path)
 
 
 def test_a_reference_survives_moments_that_are_added_to_its_store(store, tmp_path):
@@ -303,6 +298,6 @@ def test_a_reference_survives_moments_that_are_added_to_its_store(store, tmp_pat
     copy = shutil.copytree(store, tmp_path / "s")
     root = open_store(copy, "r+").root
     put_attributes(root, {**root.attrs, "id": "f" * 32})
-    fresh = tiny_llama()
+    fresh = tiny.llama()
     prep.load(fresh, tmp_path / "a.safetensors", store=copy)
     assert torch.equal(logits(fresh), logits(model))

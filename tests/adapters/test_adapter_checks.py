@@ -1,45 +1,31 @@
 """What attach refuses, by name and without touching the model: wrong arguments, other models, other weights."""
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
-from workers import (  # noqa: F401
-    METHODS,
-    assert_same,
-    linear_layers,
-    logits,
-    one_thread,
-    randomize,
-    snapshot,
-    tiny_llama,
-    write_store,
-)
+from workers import assert_same, logits, randomize, snapshot
 
 import prep
 from prep.adapters.cores import CORES
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("checks") / "prep.zarr", tiny_llama(), tuple(METHODS), rank=24)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"basis": "diagonal-bottom"}, "no basis 'diagonal-bottom'.*prep decompose --metric diagonal --select bottom"),
-        ({"rank": 25}, "rank 25 .* 1 to 24: .*prep decompose --rank 25 --overwrite"),
+        ({"basis": "diagonal-bottom"}, "no basis"),
+        ({"rank": 25}, "rank 25"),
         ({"rank": 0}, "rank 0"),
-        ({"layers": "lm_head"}, "matches none .* such as model.layers.0.self_attn.q_proj"),
-        ({"layers": "("}, "is not a regular expression"),
-        ({"core": "gian"}, "no core 'gian': choose from gain"),
-        ({"core": "gain", "block": 4}, "no option 'block'"),
-        ({"core": CORES["dplr"](), "k": 4}, "options belong to the instance"),
-        ({"core": "rotation", "rotate": "W"}, "choose V, U, both or none"),
+        ({"layers": "lm_head"}, "matches none"),
+        ({"layers": "("}, "regular expression"),
+        ({"core": "gian"}, "no core"),
+        ({"core": "gain", "block": 4}, "no option"),
+        ({"core": CORES["dplr"](), "k": 4}, "instance"),
+        ({"core": "rotation", "rotate": "W"}, "both or none"),
     ],
 )
 def test_wrong_arguments_are_refused_and_leave_the_model_alone(store, arguments, message):
-    model = tiny_llama()
+    model = tiny.llama()
     before = snapshot(model)
     with pytest.raises(prep.PrepError, match=message):
         prep.attach(model, store, **arguments)
@@ -47,25 +33,25 @@ def test_wrong_arguments_are_refused_and_leave_the_model_alone(store, arguments,
 
 
 def test_attach_is_all_or_nothing(store):
-    model = tiny_llama()
-    last = list(linear_layers(model).values())[-1]
+    model = tiny.llama()
+    last = list(tiny.layers(model).values())[-1]
     last.weight.data += 1e-3
     before = snapshot(model)
-    with pytest.raises(prep.PrepError, match=r"layers\.1\.mlp\.down_proj has other weights .*drift 0\.\d+%"):
+    with pytest.raises(prep.PrepError, match=r"layers\.1\.mlp\.down_proj .*drift 0\."):
         prep.attach(model, store)
     assert_same(before, snapshot(model))
     prep.attach(model, store, verify=False)
 
 
 def test_a_model_that_lacks_the_layers_is_refused(store):
-    with pytest.raises(prep.PrepError, match=r"no layer model\.layers"):
+    with pytest.raises(prep.PrepError, match="no layer"):
         prep.attach(nn.Sequential(nn.Linear(32, 32)), store)
-    model = tiny_llama()
+    model = tiny.llama()
     model.model.layers[1].mlp.up_proj = nn.Linear(32, 40)
-    with pytest.raises(prep.PrepError, match="up_proj is 40 x 32 in the model and 48 x 32 in the basis"):
+    with pytest.raises(prep.PrepError, match="40 x 32"):
         prep.attach(model, store)
     model.model.layers[1].mlp.up_proj = nn.Embedding(48, 32)
-    with pytest.raises(prep.PrepError, match="up_proj is a Embedding, not a linear layer"):
+    with pytest.raises(prep.PrepError, match="Embedding"):
         prep.attach(model, store)
     with torch.device("meta"):
         model.model.layers[1].mlp.up_proj = nn.Linear(32, 48, bias=False)
@@ -74,9 +60,9 @@ def test_a_model_that_lacks_the_layers_is_refused(store):
 
 
 def test_attaching_twice_is_refused(store):
-    model = tiny_llama()
+    model = tiny.llama()
     prep.attach(model, store)
-    with pytest.raises(prep.PrepError, match=r"already: call prep\.detach"):
+    with pytest.raises(prep.PrepError, match="already"):
         prep.attach(model, store)
     with pytest.raises(prep.PrepError, match="already"):
         prep.attach(nn.ModuleDict({"inner": model}), store)
@@ -85,29 +71,29 @@ def test_attaching_twice_is_refused(store):
 def test_verification_across_dtypes(store, tmp_path):
     """Casts of the right weights pass by hash or probe, other weights of any dtype do not."""
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        prep.attach(tiny_llama(dtype=dtype), store)
+        prep.attach(tiny.llama(dtype=dtype), store)
         with pytest.raises(prep.PrepError, match=r"drift 1\d\d\.\d\d%"):
-            prep.attach(tiny_llama(seed=1, dtype=dtype), store)
+            prep.attach(tiny.llama(seed=1, dtype=dtype), store)
     with pytest.raises(prep.PrepError, match="drift 1"):
-        prep.attach(tiny_llama(seed=1), store)
-    low = write_store(tmp_path / "low.zarr", tiny_llama(dtype=torch.bfloat16), ("full", "eva"))
-    nearly = tiny_llama(dtype=torch.bfloat16)
+        prep.attach(tiny.llama(seed=1), store)
+    low = tiny.store(tmp_path / "low.zarr", tiny.llama(dtype=torch.bfloat16), ("full", "eva"))
+    nearly = tiny.llama(dtype=torch.bfloat16)
     weight = nearly.model.layers[1].self_attn.v_proj.weight.data
     weight[0, 0] += 0.01 * weight[0, 0]
     with pytest.raises(prep.PrepError, match=r"layers\.1\.self_attn\.v_proj .*drift 0\."):
         prep.attach(nearly, low)
-    upcast = tiny_llama(dtype=torch.bfloat16).float()
+    upcast = tiny.llama(dtype=torch.bfloat16).float()
     prep.attach(upcast, low)
-    drifted = tiny_llama(dtype=torch.bfloat16).float()
+    drifted = tiny.llama(dtype=torch.bfloat16).float()
     drifted.model.layers[0].mlp.up_proj.weight.data *= 1.1
     with pytest.raises(prep.PrepError, match=r"layers\.0\.mlp\.up_proj .*drift 1?\d\."):
         prep.attach(drifted, low)
 
 
 def test_a_basis_of_components_is_verified_by_hash_only(store):
-    prep.attach(tiny_llama(), store, basis="eva")
-    with pytest.raises(prep.PrepError, match=r"other weights .* or the same in another dtype than float32"):
-        prep.attach(tiny_llama(dtype=torch.bfloat16), store, basis="eva")
+    prep.attach(tiny.llama(), store, basis="eva")
+    with pytest.raises(prep.PrepError, match="another dtype"):
+        prep.attach(tiny.llama(dtype=torch.bfloat16), store, basis="eva")
 
 
 class Packed(nn.Module):
@@ -129,14 +115,14 @@ class Packed(nn.Module):
 
 
 def test_a_linear_like_layer_is_adapted_and_verified_through_its_forward(store):
-    model, name = tiny_llama(), "model.layers.1.mlp.up_proj"
+    model, name = tiny.llama(), "model.layers.1.mlp.up_proj"
     model.model.layers[1].mlp.up_proj = Packed(model.get_submodule(name))
     base = logits(model)
     adapter = prep.attach(model, store, core="dplr")
     assert torch.equal(logits(model), base)
     randomize(adapter)
     assert not torch.equal(logits(model), base)
-    with pytest.raises(prep.PrepError, match=f"{name}, a Packed, is quantised, sharded or sparse"):
+    with pytest.raises(prep.PrepError, match=f"{name}, a Packed, is quantised"):
         prep.merge(model)
     prep.detach(model)
     model.get_submodule(name).codes = model.get_submodule(name).codes.roll(1, 0)
@@ -179,7 +165,7 @@ def test_weights_of_the_same_dtype_are_probed_where_they_are_not_hashed(dtype):
 
 
 def test_verify_takes_true_false_and_hash(store):
-    model = tiny_llama()
+    model = tiny.llama()
     with pytest.raises(prep.PrepError, match="verify='probe'"):
         prep.attach(model, store, verify="probe")
     prep.attach(model, store, verify="hash")

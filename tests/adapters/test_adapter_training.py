@@ -1,19 +1,15 @@
 """Training jobs: Trainer, DDP and FSDP2 over two processes, torch.compile, quantised bases."""
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from workers import adapted, distributed_setups, one_thread, tiny_llama, tokens, train, write_store  # noqa: F401
+from workers import adapted, distributed_setups, tokens, train
 
 import prep
 from prep.adapters.cores import CORES
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("training") / "prep.zarr", tiny_llama())
 
 
 def cores_of(path):
@@ -50,15 +46,15 @@ def test_two_processes_train_as_one(two_processes, store, tmp_path, setup):
         train(model, adapter, tokens(rows=4))
         prep.save(model, tmp_path / "end.safetensors")
         expected = cores_of(tmp_path / "end.safetensors")
-    found = cores_of(two_processes / f"{setup}-2.safetensors")
-    assert found.keys() == expected.keys()
+    trained = cores_of(two_processes / f"{setup}-2.safetensors")
+    assert trained.keys() == expected.keys()
     tolerance = 2e-2 if setup == "fsdp-bf16" else 1e-5
     for key in expected:
-        assert found[key].dtype == torch.float32
+        assert trained[key].dtype == torch.float32
         moved = (expected[key] - start[key]).norm()
         assert moved > 0
-        assert (found[key] - expected[key]).norm() <= tolerance * moved + 1e-7 * start[key].norm(), key
-    fresh = tiny_llama()
+        assert (trained[key] - expected[key]).norm() <= tolerance * moved + 1e-7 * start[key].norm(), key
+    fresh = tiny.llama()
     prep.load(fresh, two_processes / f"{setup}-2.safetensors")
 
 
@@ -88,7 +84,7 @@ def trainer(model, folder, steps, **arguments):
 def test_a_trainer_resumes_bitwise_from_checkpoints_that_hold_the_cores_only(store, tmp_path, recwarn):
     def fresh():
         torch.manual_seed(0)
-        model = tiny_llama()
+        model = tiny.llama()
         return model, prep.attach(model, store, core="rotation", rank=8)
 
     model, adapter = fresh()
@@ -102,14 +98,14 @@ def test_a_trainer_resumes_bitwise_from_checkpoints_that_hold_the_cores_only(sto
     saved = load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors")
     assert saved.keys() == {name for name, _ in adapter.named_parameters()}
     assert all(torch.equal(saved[name], value) for name, value in adapter.named_parameters())
-    full = sum(value.numel() * value.element_size() for value in tiny_llama().state_dict().values())
+    full = sum(value.numel() * value.element_size() for value in tiny.llama().state_dict().values())
     assert (tmp_path / "whole" / "checkpoint-6" / "model.safetensors").stat().st_size < 0.05 * full
     assert not [str(w.message) for w in recwarn if "prep.save" in str(w.message)]
 
 
 def test_a_trainer_loads_the_best_checkpoint_at_the_end(store, tmp_path):
     torch.manual_seed(0)
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core="dense", rank=8)
     job = trainer(
         model,
@@ -132,7 +128,7 @@ def test_a_trainer_loads_the_best_checkpoint_at_the_end(store, tmp_path):
 
 @pytest.mark.parametrize("name", list(CORES))
 def test_an_adapted_block_compiles_whole_and_once(store, name):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core=name, rank=8)
     for parameter in adapter.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -157,7 +153,7 @@ def test_an_adapted_block_compiles_whole_and_once(store, name):
 
 def test_compiled_code_under_checkpointing_uses_the_coefficient_of_the_forward(store):
     """A compiled block is run again in the backward, when the coefficient has another value."""
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core="dense", rank=8)
     for parameter in adapter.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -183,7 +179,7 @@ def test_compiled_code_under_checkpointing_uses_the_coefficient_of_the_forward(s
 
 def test_code_compiled_for_cuda_graphs_uses_the_coefficient_of_each_call(store):
     """On a CPU no graph is recorded; the operator is marked as one that no graph may hold."""
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core="dense", rank=8)
     for parameter in adapter.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -221,7 +217,7 @@ def test_a_quantised_base_trains(tmp_path, kind, name):
         return plain, nn.Sequential(*layers)
 
     plain, model = quantised(0)
-    store = write_store(tmp_path / "prep.zarr", plain)
+    store = tiny.store(tmp_path / "prep.zarr", plain)
     x, target = torch.randn(32, 64), torch.randn(32, 64)
     model.eval()
     model(x)  # the first forward in evaluation repacks nf4 weights

@@ -6,20 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from workers import (  # noqa: F401
-    METHODS,
-    assert_same,
-    logits,
-    one_thread,
-    randomize,
-    snapshot,
-    tiny_llama,
-    tokens,
-    write_store,
-)
+from workers import assert_same, logits, randomize, snapshot, tokens
 
 import prep
 from prep.adapters.cores import CORES
@@ -27,15 +18,10 @@ from prep.adapters.layer import AdaptedLinear
 from prep.store import open_store
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("adapters") / "prep.zarr", tiny_llama(), tuple(METHODS), rank=24)
-
-
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("variant", list(prep.VARIANTS))
 def test_an_attached_model_is_bitwise_the_base_model(store, variant, mode):
-    model = tiny_llama(dtype=torch.bfloat16 if mode == "bfloat16" else torch.float32)
+    model = tiny.llama(dtype=torch.bfloat16 if mode == "bfloat16" else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         base = logits(model)
         adapter = prep.attach(model, store, **{**prep.VARIANTS[variant], "rank": 12})
@@ -48,7 +34,7 @@ def test_an_attached_model_is_bitwise_the_base_model(store, variant, mode):
 
 
 def test_ablation_starts_at_exactly_its_formula(store):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core="ablation", basis="full", layers=r"layers\.1\.mlp\.down_proj$", alpha=0.3)
     (layer,) = adapter.layers.values()
     x = torch.randn(5, 48, dtype=torch.float64)
@@ -60,7 +46,7 @@ def test_ablation_starts_at_exactly_its_formula(store):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_detach_leaves_the_model_exactly_as_before(store, merged):
-    model = tiny_llama()
+    model = tiny.llama()
     model.model.embed_tokens.weight.requires_grad_(False)
     model.custom = ["kept"]
     before = snapshot(model)
@@ -78,7 +64,7 @@ def test_detach_leaves_the_model_exactly_as_before(store, merged):
 @pytest.mark.parametrize("name", list(CORES))
 def test_frozen_means_frozen(store, name):
     """20 AdamW steps: only core parameters changed, no base weight has a gradient, coefficient 0 is still the base."""
-    model = tiny_llama()
+    model = tiny.llama()
     base = logits(model)
     adapter = prep.attach(model, store, core=name, rank=12)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -101,7 +87,7 @@ def test_frozen_means_frozen(store, name):
 
 
 def test_coefficient_blocks_nest_and_restore(store):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core="dense")
     randomize(adapter)
     full = logits(model)
@@ -135,7 +121,7 @@ def contrastive_gradients(model, adapter, forward):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", list(CORES))
 def test_gradient_checkpointing_uses_the_coefficient_of_the_forward(store, name, reentrant):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core=name, rank=8)
     randomize(adapter)
     model.train()
@@ -143,8 +129,8 @@ def test_gradient_checkpointing_uses_the_coefficient_of_the_forward(store, name,
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     expected = contrastive_gradients(model, adapter, lambda x: model(x).logits)
     enable({"use_reentrant": reentrant})
-    found = contrastive_gradients(model, adapter, lambda x: model(x).logits)
-    for one, other in zip(found, expected, strict=True):
+    gradients = contrastive_gradients(model, adapter, lambda x: model(x).logits)
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * expected[0].abs().max().item())
     wrong = contrastive_gradients(model, adapter, lambda x: model(x).logits * 1.01)
     assert not all(torch.allclose(one, other, rtol=1e-3) for one, other in zip(wrong, expected, strict=True))
@@ -152,7 +138,7 @@ def test_gradient_checkpointing_uses_the_coefficient_of_the_forward(store, name,
 
 def test_backward_order_does_not_matter_under_checkpointing(store):
     """Each of two graphs has its own coefficient, whichever backward comes first and whatever is set in between."""
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, rank=8)
     randomize(adapter)
     block = model.model.layers[0].mlp
@@ -174,7 +160,7 @@ def test_backward_order_does_not_matter_under_checkpointing(store):
 
 @pytest.mark.parametrize("name", list(CORES))
 def test_merging_keeps_the_logits(store, name):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, core=name)
     randomize(adapter)
     with adapter.coeff(0.7):
@@ -191,7 +177,7 @@ def test_merging_keeps_the_logits(store, name):
 def test_a_merged_model_is_a_plain_model(store, tmp_path):
     from transformers import LlamaForCausalLM
 
-    model = tiny_llama()
+    model = tiny.llama()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     adapter = prep.attach(model, store, core="dplr")
     randomize(adapter)
@@ -215,13 +201,9 @@ def test_a_merged_model_is_a_plain_model(store, tmp_path):
 
 
 def test_conv1d_and_a_layer_that_several_parents_share(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
-    model = GPT2LMHeadModel(config).eval()
+    model = tiny.model("GPT-2", n_embd=16)
     model.transformer.h[1].mlp = model.transformer.h[0].mlp
-    store = write_store(tmp_path / "prep.zarr", model, rank=12)
+    store = tiny.store(tmp_path / "prep.zarr", model, rank=12)
     base = logits(model)
     adapter = prep.attach(model, store, core="dense")
     assert len(adapter.layers) == 6
@@ -238,7 +220,7 @@ def test_conv1d_and_a_layer_that_several_parents_share(tmp_path):
 
 
 def test_a_rank_is_a_slice_and_clipped_per_layer(store):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, basis="full", rank=20)
     bases = open_store(store).bases["full"]
     for name, layer in adapter.layers.items():
@@ -257,14 +239,14 @@ def test_a_rank_is_a_slice_and_clipped_per_layer(store):
 
 
 def test_layers_are_chosen_by_a_regular_expression(store):
-    model = tiny_llama()
+    model = tiny.llama()
     adapter = prep.attach(model, store, layers=r"layers\.1\..*(q|v)_proj$")
     assert list(adapter.layers) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
     assert sum(isinstance(module, AdaptedLinear) for module in model.modules()) == 2
 
 
 def test_the_adapted_layer_shows_what_model_code_looks_at(store):
-    model = tiny_llama()
+    model = tiny.llama()
     base = model.model.layers[0].mlp.up_proj
     prep.attach(model, store)
     layer = model.model.layers[0].mlp.up_proj
@@ -287,7 +269,7 @@ def test_attaching_decomposes_nothing(store, monkeypatch):
     with pytest.raises(AssertionError, match="decomposition"):
         torch.linalg.qr(torch.eye(2))
     for name in CORES:
-        prep.attach(tiny_llama(), store, core=name)
+        prep.attach(tiny.llama(), store, core=name)
 
 
 def test_importing_is_light():
@@ -299,14 +281,14 @@ def test_importing_is_light():
 
 
 def test_save_pretrained_of_an_adapted_model_warns(store, tmp_path):
-    model = tiny_llama()
+    model = tiny.llama()
     prep.attach(model, store)
     with pytest.warns(UserWarning, match=r"use prep\.save, or prep\.merge"):
         model.save_pretrained(tmp_path)
 
 
 def test_a_copied_model_has_a_coefficient_of_its_own(store):
-    model = tiny_llama()
+    model = tiny.llama()
     randomize(prep.attach(model, store))
     full = logits(model)
     other = copy.deepcopy(model)
@@ -314,7 +296,7 @@ def test_a_copied_model_has_a_coefficient_of_its_own(store):
     assert torch.equal(logits(model), full)
     prep.detach(other)
     assert torch.equal(logits(model), full)
-    assert torch.equal(logits(other), logits(tiny_llama()))
+    assert torch.equal(logits(other), logits(tiny.llama()))
 
 
 @pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "old weight_norm", "sparse"])
@@ -322,7 +304,7 @@ def test_merging_is_all_or_nothing(store, how):
     """A later layer that cannot be merged leaves every layer as it was."""
     from torch.nn.utils import parametrizations
 
-    model = tiny_llama()
+    model = tiny.llama()
     prep.attach(model, store, core="gain", verify=False)
     last = model.model.layers[-1].mlp.down_proj
     base = last.base_layer
@@ -337,7 +319,7 @@ def test_merging_is_all_or_nothing(store, how):
             nn.utils.weight_norm(base)
     before = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
     if how in ("weight_norm", "spectral_norm"):  # their weight is made anew at every look
-        before = {name: found for name, found in before.items() if "down_proj" not in name}
+        before = {name: ids for name, ids in before.items() if "down_proj" not in name}
     with pytest.raises(prep.PrepError, match=r"down_proj.*, a .*Linear, "):
         prep.merge(model)
     after = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}

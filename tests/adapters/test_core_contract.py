@@ -1,17 +1,13 @@
 """A core of one's own, and the bugs that check_core must find in one."""
 
 import pytest
+import tiny
 import torch
 from torch import nn
-from workers import METHODS, logits, one_thread, randomize, tiny_llama, write_store  # noqa: F401
+from workers import logits, randomize
 
 import prep
 from prep.adapters.cores import CORES, Core
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("contract") / "prep.zarr", tiny_llama())
 
 
 class Shift(Core):
@@ -29,7 +25,7 @@ class Shift(Core):
 def test_a_core_of_ones_own(store):
     prep.testing.check_core(Shift)
     prep.testing.check_core(Shift(strength=2))
-    model = tiny_llama()
+    model = tiny.llama()
     base = logits(model)
     by_class = prep.attach(model, store, core=Shift, strength=2)
     assert by_class.core.options == {"strength": 2.0}

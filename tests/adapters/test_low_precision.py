@@ -14,17 +14,15 @@ from prep.adapters.layer import row_exponents
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model of small activations, and a basis of the directions that hold least of its output."""
-    path = tmp_path_factory.mktemp("made")
     model = tiny.llama()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
                 parameter.mul_(0.01)
-    directory = tiny.save(model, path / "model")
-    options = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
-    prep.covariance(directory, tiny.write_data(path / "t.jsonl", tiny.texts(60)), store=path / "s", **options)
-    prep.decompose(path / "s", for_="corda_kpm", rank=6, quiet=True)
-    return path, directory
+    made = tiny.sources(tmp_path_factory.mktemp("made"), model)
+    prep.covariance(made.model, made.data, store=made.path / "s", **tiny.RUN)
+    prep.decompose(made.path / "s", for_="corda_kpm", rank=6, quiet=True)
+    return made.path, made.model
 
 
 def load(directory, dtype):
@@ -53,13 +51,13 @@ def test_a_float16_model_follows_the_float32_one(made, core, tmp_path):
     for one, other in zip(*(adapter.parameters() for adapter in adapters), strict=True):
         one.data += step * torch.randn_like(one)
         other.data.copy_(one.data)
-    wanted, found = logits(wide), logits(half)
-    assert torch.isfinite(found).all()
-    assert (found - wanted).norm() < 5 * rounding + 0.05 * (wanted - base).norm()
+    wanted, narrow = logits(wide), logits(half)
+    assert torch.isfinite(narrow).all()
+    assert (narrow - wanted).norm() < 5 * rounding + 0.05 * (wanted - base).norm()
     prep.save(half, tmp_path / "a.safetensors")
     again = load(directory, "float16")
     prep.load(again, tmp_path / "a.safetensors")
-    assert torch.equal(logits(again), found)
+    assert torch.equal(logits(again), narrow)
     loss = half(torch.arange(3, 15)[None], labels=torch.arange(3, 15)[None]).loss
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in adapters[1].parameters())
@@ -82,8 +80,8 @@ def test_a_basis_that_does_not_fit_float16_is_not_stored_in_it(made, tmp_path):
         prep.decompose(path / "s", dtype="float16", **options)
     with pytest.raises(StoreError, match="basis 'half' is not complete"):
         prep.open_store(path / "s").bases["half"]
-    found = prep.decompose(path / "s", dtype="bfloat16", overwrite=True, **options)
-    assert all(torch.isfinite(basis.P).all() for basis in found.read().values())
+    basis = prep.decompose(path / "s", dtype="bfloat16", overwrite=True, **options)
+    assert all(torch.isfinite(one.P).all() for one in basis.read().values())
 
 
 @pytest.mark.parametrize("how", ["autocast", "half() after attach"])
@@ -98,12 +96,12 @@ def test_a_float32_model_that_turns_to_float16_keeps_its_basis(made, how):
     wanted = logits(model)
     if how == "autocast":
         with torch.autocast("cpu", torch.float16):
-            found = logits(model)
+            narrow = logits(model)
     else:
-        found = logits(model.half())
+        narrow = logits(model.half())
         assert {layer.weight.dtype for layer in adapter.layers.values()} == {torch.float16}
-    assert torch.isfinite(found).all()
-    assert (found - wanted).norm() < 0.01 * (wanted - base).norm()
+    assert torch.isfinite(narrow).all()
+    assert (narrow - wanted).norm() < 0.01 * (wanted - base).norm()
 
 
 def test_a_cast_that_loses_nothing_is_a_cast(made):

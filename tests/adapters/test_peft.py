@@ -15,7 +15,6 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.incremental_pca import IncrementalPCA
 from safetensors.torch import load_file
-from stores import write_moments
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -39,12 +38,9 @@ FORMS = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A tiny Llama in `model/`, its calibration in `prep.zarr`, with the basis of every init to rank 16."""
-    home = tmp_path_factory.mktemp("peft")
-    tiny.save(tiny.llama(), home / "model")
-    data = tiny.write_data(home / "text.jsonl", tiny.texts(200))
-    prep.covariance(
-        str(home / "model"), data, store=home / "prep.zarr", num_sequences=60, seq_len=16, batch_size=60, quiet=True
-    )
+    given = tiny.sources(tmp_path_factory.mktemp("peft"), sentences=200)
+    home, run = given.path, {"num_sequences": 60, "seq_len": 16, "batch_size": 60, "quiet": True}
+    prep.covariance(given.model, given.data, store=home / "prep.zarr", **run)
     for init in INITS:
         if init != "lora":
             prep.decompose(home / "prep.zarr", for_=init, rank=16, quiet=True)
@@ -54,14 +50,6 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(home):
     return home / "prep.zarr"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(home, dtype=torch.float32):
@@ -83,13 +71,13 @@ def apart(one, other):
 
 def adapted(model, adapter="default"):
     """layer -> (B A scaling, base weight) in float64."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
             W = torch.from_numpy(tiny.weight(module.get_base_layer()))
-            found[name.removeprefix("base_model.model.")] = (B @ A * module.scaling[adapter]).detach(), W
-    return found
+            layers[name.removeprefix("base_model.model.")] = (B @ A * module.scaling[adapter]).detach(), W
+    return layers
 
 
 def batches(home):
@@ -174,8 +162,8 @@ def test_every_residual_init_is_the_svd_of_its_metric(home, store):
     weights = {name: tiny.weight(module) for name, module in load(home).named_modules() if tiny.is_linear(module)}
     for init in RESIDUAL:
         method = PUBLISHED[init]
-        found = adapted(prep.peft.get_model(load(home), store, init, r=RANK, lora_alpha=RANK))
-        for layer, (change, _) in found.items():
+        changes = adapted(prep.peft.get_model(load(home), store, init, r=RANK, lora_alpha=RANK))
+        for layer, (change, _) in changes.items():
             W, C = weights[layer], seen[layer].T @ seen[layer] / len(seen[layer])
             C = C + 1e-3 * np.diag(C).mean() * np.eye(len(C))
             M = {"identity": np.eye(len(C)), "diagonal": np.diag(np.diag(C) ** method.power)}.get(method.metric)
@@ -188,7 +176,7 @@ def test_every_residual_init_is_the_svd_of_its_metric(home, store):
 
 
 def test_conv1d_layers_and_biases(tmp_path):
-    model = tiny.gpt2()
+    model = tiny.model("GPT-2")
     path = tiny.save(model, tmp_path / "gpt2")
     prep.decompose(tmp_path / "s.zarr", for_="pissa", rank=RANK, model=path, quiet=True)
     base = logits(model)
@@ -222,7 +210,7 @@ def corda(home):
         member = {"shape": list(record.shape), "weight_hash": record.weight_hash, "weight_dtype": record.weight_dtype}
         blocks = [C[a:b, :b] for a, b in panels(len(C))]
         sites[layer] = SiteData("full", {layer: member}, batch["input_ids"].numel(), torch.zeros(len(C)), blocks)
-    write_moments(store.root, sites)
+    tiny.write_moments(store.root, sites)
     for init in ("corda_ipm", "corda_kpm"):
         prep.decompose(place / "peft.zarr", for_=init, damping=0.01, rank=16, overwrite=True, quiet=True)
     return place
@@ -335,8 +323,8 @@ def test_eva_redistributes_ranks_as_peft_does(home, store, pattern):
     (batch,) = batches(home)
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": pattern, "target_modules": "all-linear"}
     theirs = get_peft_model(load(home), LoraConfig(**config, init_lora_weights="eva", eva_config=EvaConfig(tau=0.9)))
-    found = get_eva_state_dict(theirs, [batch], show_progress_bar=False)
-    wanted = {name.removeprefix("base_model.model."): len(rows) for name, rows in found.items()}
+    components = get_eva_state_dict(theirs, [batch], show_progress_bar=False)
+    wanted = {name.removeprefix("base_model.model."): len(rows) for name, rows in components.items()}
     ours = prep.peft.get_model(load(home), store, "eva", **config)
     ranks = {layer: len(rows_of(ours, layer)) for layer in adapted(ours)}
     assert len(set(ranks.values())) > 2
@@ -534,21 +522,21 @@ def refused(home, store, match, model=None, **options):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"init": "pisa"}, "no init 'pisa': choose from pissa, milora"),
-        ({"r": 17}, "holds 16 of model.layers.0.*`prep decompose --rank 17 --overwrite`"),
-        ({"r": 64}, "rank 64 does not fit .*layers.0.self_attn.q_proj, which has 1 to 32"),
-        ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17 does not fit .*k_proj"),
-        ({"r": 12, "init": "eva"}, "rank 12 with rho 2 takes 24 components, .* holds 16"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lacks 1 of the 3 targeted layers, such as lm_head"),
-        ({"target_modules": ["qq_proj"]}, "matches no layer of the model"),
-        ({"basis": "eva"}, "basis 'eva' does not serve init 'whitened'"),
-        ({"init": "eva", "basis": "full"}, "basis 'full' does not serve init 'eva'"),
-        ({"basis": "full-p2"}, "no basis 'full-p2'.*`prep decompose --power 2`"),
+        ({"init": "pisa"}, "no init"),
+        ({"r": 17}, "--rank 17"),
+        ({"r": 64}, "rank 64"),
+        ({"r": 4, "rank_pattern": {"k_proj": 17}}, "rank 17"),
+        ({"r": 12, "init": "eva"}, "24 components"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["qq_proj"]}, "matches no layer"),
+        ({"basis": "eva"}, "does not serve"),
+        ({"init": "eva", "basis": "full"}, "does not serve"),
+        ({"basis": "full-p2"}, "no basis"),
         ({"init_lora_weights": "pissa"}, "leave it out"),
-        ({"lora_alpha": 0}, "must be above 0"),
-        ({"alpha_pattern": {"q_proj": -1}}, "must be above 0"),
-        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication cannot be combined with init 'whitened'"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens cannot be combined"),
+        ({"lora_alpha": 0}, "above 0"),
+        ({"alpha_pattern": {"q_proj": -1}}, "above 0"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ],
     ids=str,
 )
@@ -566,26 +554,24 @@ def test_a_missing_basis_names_the_command_that_makes_it(home, tmp_path):
 def test_other_weights_and_shapes_are_refused(home, store):
     model = load(home)
     model.model.layers[1].mlp.up_proj.weight.data[3] += 1
-    refused(home, store, "model.layers.1.mlp.up_proj has other weights", model=model)
-    refused(home, store, "model.layers.1.mlp.up_proj has other weights", model=model, init="eva")
-    refused(home, store, "gate_proj is 40 x 32 in the model and 48 x 32", model=tiny.llama(intermediate=40))
+    refused(home, store, "other weights", model=model)
+    refused(home, store, "other weights", model=model, init="eva")
+    refused(home, store, "40 x 32", model=tiny.llama(40))
     assert prep.peft.get_model(model, store, "whitened", r=RANK, verify=False)
 
 
 def test_a_weight_with_two_uses_is_refused(home, store):
     model = load(home)
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.gate_proj.weight
-    refused(
-        home, store, "gate_proj shares its weight with model.layers.0.mlp.up_proj.weight", model=model, verify=False
-    )
+    refused(home, store, "shares its weight", model=model, verify=False)
 
 
 def test_an_adapted_model_is_refused(home, store):
-    with pytest.raises(PrepError, match="has PEFT adapters already"):
+    with pytest.raises(PrepError, match="PEFT adapters"):
         prep.peft.get_model(prep.peft.get_model(load(home), store, "lora"), store, "whitened")
     model = load(home)
     prep.attach(model, store)
-    with pytest.raises(PrepError, match="has an adapter already"):
+    with pytest.raises(PrepError, match="adapter already"):
         prep.peft.get_model(model, store, "whitened")
 
 
@@ -597,7 +583,7 @@ def test_a_quantised_base_takes_eva_but_no_residual(home, store):
         block.mlp.up_proj = bitsandbytes.nn.Linear8bitLt(32, 48, bias=False, has_fp16_weights=False)
         block.mlp.up_proj.load_state_dict(old.state_dict())
         block.mlp.up_proj = block.mlp.up_proj.to("cpu")
-    with pytest.raises(PrepError, match=r"up_proj is quantised \(Int8Params\).*init 'pissa'"):
+    with pytest.raises(PrepError, match="quantised"):
         prep.peft.get_model(model, store, "pissa", r=RANK)
     base = logits(model)
     model = prep.peft.get_model(model, store, "eva", r=RANK)
@@ -613,7 +599,7 @@ def test_without_peft_the_error_says_what_to_install(home, store, monkeypatch):
 
 def test_save_refuses_what_it_cannot_write(home, store, tmp_path):
     model = prep.peft.get_model(load(home), store, "whitened", r=RANK)
-    with pytest.raises(PrepError, match="no form as_='full': choose from lora, residual"):
+    with pytest.raises(PrepError, match="no form"):
         prep.peft.save(model, tmp_path / "a", as_="full")
     with pytest.raises(PrepError, match="not a PEFT model"):
         prep.peft.save(load(home), tmp_path / "a")
@@ -628,12 +614,12 @@ def test_save_refuses_what_it_cannot_write(home, store, tmp_path):
 @pytest.mark.parametrize(
     ("to", "options", "match"),
     [
-        ("onnx", {}, "nothing is called --to 'onnx': choose from peft-corda"),
-        ("peft-corda", {}, "--to peft-corda needs a --rank"),
-        ("peft-corda", {"rank": 17}, "holds 16 of .*`prep decompose .*--power 1.* --rank 17 --overwrite`|does not fit"),
-        ("peft-corda", {"rank": 4, "basis": "eva"}, "basis 'eva' does not serve --to peft-corda: take 'full-p1'"),
-        ("peft-eva", {"rank": 4, "basis": "full"}, "basis 'full' does not serve --to peft-eva: take 'eva'"),
-        ("peft-lora", {"rank": 4, "basis": "full-p3"}, "`prep decompose --power 3`"),
+        ("onnx", {}, "onnx"),
+        ("peft-corda", {}, "needs a --rank"),
+        ("peft-corda", {"rank": 17}, "--rank 17"),
+        ("peft-corda", {"rank": 4, "basis": "eva"}, "full-p1"),
+        ("peft-eva", {"rank": 4, "basis": "full"}, "take 'eva'"),
+        ("peft-lora", {"rank": 4, "basis": "full-p3"}, "--power 3"),
     ],
 )
 def test_exports_that_cannot_be_made(store, tmp_path, to, options, match):

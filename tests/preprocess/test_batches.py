@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Routed, build, inputs, without
+from families import Routed, inputs, without
 from torch import nn
 
 import prep
@@ -154,7 +154,7 @@ def test_several_passes_need_batches_that_can_be_read_again(net, tmp_path):
     assert store.corpus["batches"] == 4
     for layer in once:
         assert torch.equal(once[layer].second_moment, store.moments[layer].second_moment)
-    with pytest.raises(PrepError, match="3 passes are needed and an iterator gives its batches once: give batches= as"):
+    with pytest.raises(PrepError, match="3 passes are needed"):
         prep.covariance(net, batches=iter(IDS), store=tmp_path / "c", **options)
     assert not (tmp_path / "c").exists()
 
@@ -162,7 +162,7 @@ def test_several_passes_need_batches_that_can_be_read_again(net, tmp_path):
 def test_moments_of_batches_are_replaced_only_when_asked(net, tmp_path):
     options = {"batches": IDS, "store": tmp_path / "s", "quiet": True}
     prep.covariance(net, **options)
-    with pytest.raises(PrepError, match=r"holds moments, and batches cannot be compared with theirs: .*overwrite=True"):
+    with pytest.raises(PrepError, match="cannot be compared"):
         prep.covariance(net, **options)
     assert prep.covariance(net, overwrite=True, **options).status == "complete"
 
@@ -170,21 +170,21 @@ def test_moments_of_batches_are_replaced_only_when_asked(net, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "x.jsonl"}, "data= needs the tokenizer of a path or hub id"),
-        ({"data": "x.jsonl", "batches": IDS}, "give either data=, or batches="),
-        ({}, "give either data=, or batches="),
-        ({"batches": []}, "batches= is empty: give at least one batch"),
-        ({"batches": IDS, "dtype": "bfloat16"}, "dtype= is for loading a path or hub id: prepare the module itself"),
+        ({"data": "x.jsonl"}, "tokenizer"),
+        ({"data": "x.jsonl", "batches": IDS}, "either data="),
+        ({}, "either data="),
+        ({"batches": []}, "is empty"),
+        ({"batches": IDS, "dtype": "bfloat16"}, "dtype="),
         (
             {"batches": IDS, "mask": lambda batch: [1]},
-            "the attention_mask is list: give mask=, a function from a batch",
+            "attention_mask is list",
         ),
         (
             {"batches": [{"ids": IDS[0], "attention_mask": torch.ones(3, 1, 5, 5)}]},
-            r"has the shape \(3, 1, 5, 5\): give",
+            "has the shape",
         ),
-        ({"batches": IDS, "mask": torch.zeros_like}, "no token reached first: use more data"),
-        ({"batches": IDS, "targets": ["embed"]}, "matches embed, a Embedding, which is not a linear layer"),
+        ({"batches": IDS, "mask": torch.zeros_like}, "no token reached first"),
+        ({"batches": IDS, "targets": ["embed"]}, "Embedding"),
     ],
 )
 def test_what_cannot_be_calibrated_says_so(net, options, message, tmp_path):
@@ -194,7 +194,7 @@ def test_what_cannot_be_calibrated_says_so(net, options, message, tmp_path):
 
 
 def test_a_mask_belongs_to_batches(tmp_path):
-    with pytest.raises(PrepError, match="mask= belongs to batches="):
+    with pytest.raises(PrepError, match="mask="):
         prep.covariance("model", "x.jsonl", mask=real, store=tmp_path / "s")
 
 
@@ -207,7 +207,7 @@ LENGTHS = {"equal": ([1, 2, 3, 4], [4, 3, 2, 1]), "longer questions": ([5, 1, 9]
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_side_of_an_encoder_decoder_has_its_mask(lengths, tmp_path):
     """The oracle reads every pair alone, without padding."""
-    model, draw = build(FAMILIES["T5"]), torch.Generator().manual_seed(0)
+    model, draw = tiny.model("T5"), torch.Generator().manual_seed(0)
     ids, answers = (torch.randint(3, 60, (len(sizes), max(sizes)), generator=draw) for sizes in lengths)
     mask, theirs = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None] for sizes in lengths)
     batch = {"input_ids": ids, "attention_mask": mask.long()}
@@ -225,7 +225,7 @@ def test_each_side_of_an_encoder_decoder_has_its_mask(lengths, tmp_path):
 
 def test_without_masks_every_row_of_both_sides_counts(tmp_path):
     batch = {"input_ids": torch.ones(2, 7).long(), "decoder_input_ids": torch.ones(2, 3).long()}
-    moments = prep.covariance(build(FAMILIES["T5"]), batches=[batch], store=tmp_path / "s", quiet=True).moments
+    moments = prep.covariance(tiny.model("T5"), batches=[batch], store=tmp_path / "s", quiet=True).moments
     assert moments["encoder.block.0.layer.0.SelfAttention.q"].count == 14
     assert moments["decoder.block.0.layer.1.EncDecAttention.k"].count == 14
     assert moments["decoder.block.0.layer.1.EncDecAttention.q"].count == 6
@@ -236,7 +236,7 @@ def test_without_masks_every_row_of_both_sides_counts(tmp_path):
 
 def test_the_counts_of_experts_are_those_of_real_tokens(tmp_path):
     """Each real token is routed to two of four experts; the model routes and computes as before afterwards."""
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
     with torch.no_grad():
         before, implementation = model(**batches[0]).logits, model.config._experts_implementation
     assert implementation != "eager"
@@ -253,7 +253,7 @@ def test_the_counts_of_experts_are_those_of_real_tokens(tmp_path):
 
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
 def test_output_moments_and_bases_of_experts(name, tmp_path):
-    model, batches = build(FAMILIES[name]), [without(batch, "labels") for batch in inputs(name, 4)]
+    model, batches = tiny.model(name), [without(batch, "labels") for batch in inputs(name, 4)]
     store = prep.covariance(model, batches=batches, store=tmp_path / "s", moment="output", quiet=True)
     singles = [without(batch, "attention_mask") for batch in (without(batch, "labels") for batch in inputs(name, 1))]
     routed = Routed(model, singles)
@@ -276,7 +276,7 @@ def expert_weights(model):
 
 def test_experts_in_several_passes(tmp_path):
     """A pass ends at its last site: with experts, when all experts of that module are done."""
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 4)]
     moments = {}
     for name, budget in (("one", 10**9), ("several", 20_000)):
         options = {"memory_budget": budget, "quiet": True}
@@ -288,7 +288,7 @@ def test_experts_in_several_passes(tmp_path):
 
 def test_experts_without_tokens_are_skipped(tmp_path):
     """One token is routed to two of eight experts in each block."""
-    model = build(FAMILIES["Qwen3-MoE"])
+    model = tiny.model("Qwen3-MoE")
     batch = {"input_ids": torch.tensor([[5]])}
     moments = prep.covariance(model, batches=[batch], store=tmp_path / "s", targets=["experts"], quiet=True).moments
     assert len(moments) == 2 * 2 * 2
@@ -301,7 +301,7 @@ def test_experts_without_tokens_are_skipped(tmp_path):
 
 
 def test_adapters_refuse_experts_by_name(tmp_path):
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
     prep.covariance(model, batches=batches, store=tmp_path / "s", quiet=True)
     prep.decompose(tmp_path / "s", model=model, rank=2, quiet=True)
     with pytest.raises(PrepError, match="with the other experts of MixtralExperts: leave them out") as error:
@@ -311,7 +311,7 @@ def test_adapters_refuse_experts_by_name(tmp_path):
 
 
 def test_targets_name_experts(tmp_path):
-    model, batches = build(FAMILIES["Mixtral"]), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
+    model, batches = tiny.model("Mixtral"), [without(batch, "labels") for batch in inputs("Mixtral", 12)]
     options = {"batches": batches, "quiet": True}
     chosen = prep.covariance(model, targets=[r"experts\.1\.down_proj"], store=tmp_path / "a", **options).moments
     assert list(chosen) == [f"model.layers.{i}.mlp.experts.1.down_proj" for i in (0, 1)]
@@ -351,7 +351,7 @@ def test_names_that_a_store_cannot_keep_are_refused_before_the_pass(name, tmp_pa
         def forward(self, x):
             return self._modules[name](x)
 
-    with pytest.raises(StoreError, match="cannot name a layer in a store") as refused:
+    with pytest.raises(StoreError, match="cannot name a layer") as refused:
         prep.covariance(Named(), batches=[torch.ones(2, 4)], store=tmp_path / "s", quiet=True)
     assert len(str(refused.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
@@ -397,12 +397,12 @@ def test_very_small_and_large_activations(scale, moment, tmp_path):
     X = torch.cat(batches).double().numpy()
     batches[1:1] = [torch.zeros(5, 8)]
     store = prep.covariance(net, batches=batches, store=tmp_path / "s", moment=moment, quiet=True)
-    found, share = store.moments["0"], len(X) / (len(X) + 5)
-    assert tiny.relative(found.diagonal, share * np.diagonal(gram(X))) < 1e-6
+    stored, share = store.moments["0"], len(X) / (len(X) + 5)
+    assert tiny.relative(stored.diagonal, share * np.diagonal(gram(X))) < 1e-6
     if moment == "full":
-        assert tiny.relative(found.second_moment, share * gram(X)) < 1e-6
+        assert tiny.relative(stored.second_moment, share * gram(X)) < 1e-6
     if moment == "output":
-        assert tiny.relative(found.output, share * gram(X @ tiny.weight(net[0]).T)) < 1e-5
+        assert tiny.relative(stored.output, share * gram(X @ tiny.weight(net[0]).T)) < 1e-5
 
 
 class Doubling(nn.Module):

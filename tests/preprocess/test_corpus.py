@@ -2,9 +2,11 @@
 
 import csv
 import glob
+import gzip
 import json
 import struct
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -12,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import xxhash
+from fsspec.compression import compr
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -100,6 +103,58 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, tokenizer, extens
     write(path, [{"text": text, "n": i} for i, text in enumerate(texts)])
     path = path.rename(tmp_path / f"data{extension}")
     assert sorted(whole(path, 20, tokenizer)) == sorted(map(ids, texts))
+
+
+def compressed(path, rows, codec="gzip"):
+    """What `write` writes, compressed by pyarrow."""
+    write(path, rows)
+    packed = Path(f"{path}{'.gz' if codec == 'gzip' else '.zst'}")
+    with pyarrow.CompressedOutputStream(str(packed), codec) as out:
+        out.write(path.read_bytes())
+    path.unlink()
+    return str(packed)
+
+
+@pytest.mark.parametrize("extension", [".jsonl", ".json", ".csv", ".txt"])
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_compressed_files_give_the_same_documents(tmp_path, tokenizer, extension, case, codec):
+    if codec == "zstd":
+        pytest.importorskip("zstandard")
+    texts = documents()
+    rows = [{"text": text} for text in texts]
+    packed = compressed(tmp_path / f"d 1{extension}", rows, codec)
+    renamed = Path(packed).rename(tmp_path / f"e 1{case(''.join(Path(packed).suffixes))}")
+    found = whole(renamed, len(texts), tokenizer)
+    assert sorted(found) == sorted(map(ids, texts))
+    assert found == whole(write(tmp_path / f"plain{extension}", rows), len(texts), tokenizer)
+
+
+def test_compressed_and_plain_files_are_read_together(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [{"text": "w1 w2"}])
+    compressed(tmp_path / "b.jsonl", [{"text": "w3 w4"}])
+    compressed(tmp_path / "c.jsonl", [])
+    assert sorted(whole(tmp_path / "*.jsonl*", 2, tokenizer)) == [ids("w1 w2"), ids("w3 w4")]
+
+
+def test_compressed_files_that_cannot_be_read_are_one_line(tmp_path, tokenizer):
+    packed = Path(compressed(tmp_path / "a.jsonl", [{"text": text} for text in documents()]))
+    packed.write_bytes(packed.read_bytes()[:-40])
+    assert message(packed, tokenizer).startswith(f"cannot read {packed} (")
+    (tmp_path / "b.jsonl.gz").write_text("{}")
+    assert message(tmp_path / "b.jsonl.gz", tokenizer).startswith(f"cannot read {tmp_path}/b.jsonl.gz (")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b"[" * 100_000))
+    assert "is nested more than 100 deep" in message(tmp_path / "c.jsonl.gz", tokenizer)
+    named = compressed(tmp_path / "d[1].jsonl", [{"text": "w1"}])
+    assert message(named, tokenizer) == f"{named} is compressed and has a bracket in its path: rename it"
+    (tmp_path / "d.parquet.gz").write_text("x")
+    assert "convert it to one of" in message(tmp_path / "d.parquet.gz", tokenizer)
+
+
+def test_zstd_without_its_package_names_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.delitem(compr, "zstd", raising=False)
+    packed = compressed(tmp_path / "a.jsonl", [{"text": "w1"}], "zstd")
+    assert message(packed, tokenizer) == f"reading {packed} needs a package: pip install zstandard"
 
 
 def test_files_are_streamed_and_leave_no_copy(tmp_path, tokenizer, monkeypatch):
@@ -452,7 +507,10 @@ def test_sources_that_are_not_there(tmp_path, tokenizer, monkeypatch):
         assert message(source, tokenizer) == f"no such file: {source}; check --data"
     assert message("data/*.jsonl", tokenizer) == "no file matches data/*.jsonl: check --data"
     (tmp_path / "a.xlsx").touch()
-    assert message("a.xlsx", tokenizer) == "cannot read a.xlsx: convert it to one of .jsonl .json .parquet .csv .txt"
+    assert (
+        message("a.xlsx", tokenizer)
+        == "cannot read a.xlsx: convert it to one of .jsonl .json .parquet .csv .txt, also with .gz or .zst"
+    )
     write(tmp_path / "a.jsonl", [{"text": "w1"}])
     write(tmp_path / "a.txt", [{"text": "w1"}])
     assert "several kinds (.jsonl, .txt, .xlsx)" in message("a.*", tokenizer)

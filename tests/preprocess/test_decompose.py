@@ -23,11 +23,6 @@ RUN = {"num_sequences": 40, "seq_len": 16, "quiet": True}
 RANK = 12
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "text.jsonl", tiny.texts(120))
-
-
 def calibrate(make, data, path, **options):
     """A model directory, its weights as float64 (d_out, d_in), and the store of a calibration."""
     model = make()
@@ -46,11 +41,11 @@ def llama(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt2(data, tmp_path_factory):
-    return calibrate(tiny.gpt2, data, tmp_path_factory.mktemp("gpt2"))
+    return calibrate(lambda: tiny.model("GPT-2"), data, tmp_path_factory.mktemp("gpt2"))
 
 
-def decomposed(found, **options):
-    return prep.decompose(found.path, quiet=True, **options)
+def decomposed(calibrated, **options):
+    return prep.decompose(calibrated.path, quiet=True, **options)
 
 
 def damped(C, damping=1e-3):
@@ -100,30 +95,30 @@ def check_layer(basis, W, M, C, select):
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "eva"])
 def test_every_published_method(llama, name):
-    found = decomposed(llama, for_=name, name=name, rank=RANK)
-    assert found.dtype == "float32"
+    basis = decomposed(llama, for_=name, name=name, rank=RANK)
+    assert basis.dtype == "float32"
     moments = prep.open_store(llama.path).moments
-    assert set(found) == set(moments)
-    for layer in found:
+    assert set(basis) == set(moments)
+    for layer in basis:
         C = moments[layer].second_moment.double().numpy()
         check_layer(
-            found[layer], llama.W[layer], metric_matrix(moments[layer], found.method), C, found.method["select"]
+            basis[layer], llama.W[layer], metric_matrix(moments[layer], basis.method), C, basis.method["select"]
         )
 
 
 def test_eva(llama):
-    found = decomposed(llama, for_="eva", rank=RANK)
-    assert found.name == "eva"
+    basis = decomposed(llama, for_="eva", rank=RANK)
+    assert basis.name == "eva"
     moments = prep.open_store(llama.path).moments
-    for layer in found:
-        U, S, P = float64(found[layer])
+    for layer in basis:
+        U, S, P = float64(basis[layer])
         moment = moments[layer]
         values, V = scipy.linalg.eigh(moment.second_moment.numpy() - np.outer(moment.mean, moment.mean))
         values, V = values[::-1], V[:, ::-1]
         np.testing.assert_allclose(S, np.sqrt(values[:RANK]), rtol=0, atol=1e-7 * np.sqrt(values[0]))
         np.testing.assert_allclose(np.abs(np.sum(P.T * V[:, :RANK], axis=0)), 1, atol=1e-5)
         np.testing.assert_allclose(U.T @ U, np.eye(RANK), atol=1e-6)
-        assert found[layer].energy == pytest.approx(values[:RANK].sum() / values.sum())
+        assert basis[layer].energy == pytest.approx(values[:RANK].sum() / values.sum())
 
 
 @pytest.mark.parametrize(
@@ -137,33 +132,33 @@ def test_eva(llama):
 )
 def test_options_and_default_names(gpt2, options, name):
     """Conv1D layers too: the stored basis is of the (d_out, d_in) matrix, whatever the module keeps."""
-    found = decomposed(gpt2, rank=RANK, **options)
-    assert (found.name, list(prep.open_store(gpt2.path).bases)[-1]) == (name, name)
+    basis = decomposed(gpt2, rank=RANK, **options)
+    assert (basis.name, list(prep.open_store(gpt2.path).bases)[-1]) == (name, name)
     moments = prep.open_store(gpt2.path).moments
-    assert found["transformer.h.0.attn.c_attn"].record.shape == (96, 32)
-    for layer in found:
-        M = metric_matrix(moments[layer], found.method, options.get("center", False))
+    assert basis["transformer.h.0.attn.c_attn"].record.shape == (96, 32)
+    for layer in basis:
+        M = metric_matrix(moments[layer], basis.method, options.get("center", False))
         C = moments[layer].second_moment.numpy()
-        check_layer(found[layer], gpt2.W[layer], M, C, found.method["select"])
+        check_layer(basis[layer], gpt2.W[layer], M, C, basis.method["select"])
 
 
 def test_absolute_damping(llama):
-    found = decomposed(llama, epsilon=0.5, rank=RANK, name="absolute")
+    basis = decomposed(llama, epsilon=0.5, rank=RANK, name="absolute")
     moments = prep.open_store(llama.path).moments
-    for layer in found:
+    for layer in basis:
         C = moments[layer].second_moment.numpy() + 0.5 * np.eye(moments[layer].shape[1])
         spectrum = scipy.linalg.svdvals(llama.W[layer] @ scipy.linalg.sqrtm(C).real)
-        np.testing.assert_allclose(found[layer].S, spectrum[:RANK], rtol=0, atol=1e-7 * spectrum[0])
+        np.testing.assert_allclose(basis[layer].S, spectrum[:RANK], rtol=0, atol=1e-7 * spectrum[0])
 
 
 @pytest.mark.parametrize("solver", ["exact", "svd", "randomized"])
 def test_solvers(llama, solver):
     """Every route states its error, and a bound on how far that is from the least possible one."""
-    found = decomposed(llama, solver=solver, rank=4, name=solver)
+    basis = decomposed(llama, solver=solver, rank=4, name=solver)
     moments = prep.open_store(llama.path).moments
-    for layer in found:
-        (U, S, P), record = float64(found[layer]), found[layer].record
-        M, W = metric_matrix(moments[layer], found.method), llama.W[layer]
+    for layer in basis:
+        (U, S, P), record = float64(basis[layer]), basis[layer].record
+        M, W = metric_matrix(moments[layer], basis.method), llama.W[layer]
         least = np.linalg.norm(scipy.linalg.svdvals(W @ M)[4:])
         error = np.linalg.norm((W - U * S @ P) @ M)
         assert abs(error - record.tail) < 1e-6 * np.linalg.norm(W @ M)
@@ -172,17 +167,17 @@ def test_solvers(llama, solver):
 
 
 def test_the_rank_is_clipped_at_each_layer(llama):
-    found = decomposed(llama, metric="identity", rank=24, name="clipped")
+    basis = decomposed(llama, metric="identity", rank=24, name="clipped")
     for layer, W in llama.W.items():
         if layer == "lm_head":
             continue
-        U, S, P = float64(found[layer])
+        U, S, P = float64(basis[layer])
         rank = min(24, *W.shape)
-        assert found[layer].record.rank == len(S) == rank
+        assert basis[layer].record.rank == len(S) == rank
         if rank == min(W.shape):
             assert tiny.relative(U * S @ P, W) < 1e-6
-            assert found[layer].record.tail < 1e-6 * np.linalg.norm(W)
-    assert {found[layer].record.rank for layer in found} == {16, 24}
+            assert basis[layer].record.tail < 1e-6 * np.linalg.norm(W)
+    assert {basis[layer].record.rank for layer in basis} == {16, 24}
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
@@ -202,9 +197,9 @@ def test_half_precision_stores_read_back_what_they_rounded(llama, dtype, unit):
 
 
 def test_a_rank_slice_is_the_top_of_the_basis(llama):
-    found = decomposed(llama, rank=RANK, name="float32")
-    sliced = found.read(["model.layers.1.mlp.down_proj"], rank=5)["model.layers.1.mlp.down_proj"]
-    whole = found["model.layers.1.mlp.down_proj"]
+    basis = decomposed(llama, rank=RANK, name="float32")
+    sliced = basis.read(["model.layers.1.mlp.down_proj"], rank=5)["model.layers.1.mlp.down_proj"]
+    whole = basis["model.layers.1.mlp.down_proj"]
     assert torch.equal(sliced.U, whole.U[:, :5])
     assert torch.equal(sliced.P, whole.P[:5])
     assert torch.equal(sliced.S, whole.S[:5])
@@ -223,7 +218,7 @@ def test_output_moments_give_the_basis_of_full_moments(data, tmp_path):
     kinds = prep.open_store(both["auto"].path).moments
     assert {kinds[layer].kind for layer in wide} == {"output"}
     assert {kinds[layer].kind for layer in kinds if layer not in wide} == {"full"}
-    full, output = (decomposed(found, rank=RANK, damping=1e-2) for found in both.values())
+    full, output = (decomposed(one, rank=RANK, damping=1e-2) for one in both.values())
     for layer in wide:
         (U, S, P), (V, T, Q) = float64(full[layer]), float64(output[layer])
         np.testing.assert_allclose(T, S, rtol=0, atol=1e-6 * S[0])
@@ -239,9 +234,6 @@ def test_a_moment_that_cannot_serve_is_refused_by_layer_and_command(data, tmp_pa
     for moment in ("diagonal", "output"):
         (tmp_path / moment).mkdir()
         kinds[moment] = calibrate(tiny.llama, data, tmp_path / moment, moment=moment)
-    help_ = (
-        r"^model\.layers\.0\.self_attn\.q_proj: .* run `prep covariance --moment full` into another --store, or with"
-    )
     for moment, options in [
         ("diagonal", {}),
         ("diagonal", {"for_": "eva"}),
@@ -251,7 +243,7 @@ def test_a_moment_that_cannot_serve_is_refused_by_layer_and_command(data, tmp_pa
         ("output", {"solver": "svd"}),
     ]:
         before = tiny.contents(kinds[moment].path)
-        with pytest.raises(StoreError, match=help_):
+        with pytest.raises(StoreError, match="--moment full"):
             decomposed(kinds[moment], **options)
         assert tiny.contents(kinds[moment].path) == before
     for moment, method in [
@@ -267,15 +259,15 @@ def test_a_moment_that_cannot_serve_is_refused_by_layer_and_command(data, tmp_pa
 
 
 def test_identity_needs_no_covariance(llama, tmp_path):
-    found = prep.decompose(tmp_path / "new.zarr", model=llama.model, metric="identity", rank=RANK, quiet=True)
+    basis = prep.decompose(tmp_path / "new.zarr", model=llama.model, metric="identity", rank=RANK, quiet=True)
     store = prep.open_store(tmp_path / "new.zarr")
     assert (store.status, store.corpus, store.model["id"]) == ("complete", None, llama.model)
     calibrated = decomposed(llama, for_="pissa", name="pissa", rank=RANK)
-    assert set(found) == set(calibrated) == set(store.bases["identity"])
-    for layer in found:
-        check_layer(found[layer], llama.W[layer], np.eye(llama.W[layer].shape[1]), None, "top")
-        assert torch.equal(found[layer].P, calibrated[layer].P)
-    with pytest.raises(StoreError, match=r"holds no moments: metric full needs moments: run `prep covariance`"):
+    assert set(basis) == set(calibrated) == set(store.bases["identity"])
+    for layer in basis:
+        check_layer(basis[layer], llama.W[layer], np.eye(llama.W[layer].shape[1]), None, "top")
+        assert torch.equal(basis[layer].P, calibrated[layer].P)
+    with pytest.raises(StoreError, match="holds no moments"):
         prep.decompose(tmp_path / "new.zarr", quiet=True)
     with pytest.raises(StoreError, match=r"holds no moments"):
         _ = store.moments
@@ -284,15 +276,15 @@ def test_identity_needs_no_covariance(llama, tmp_path):
 def test_a_store_of_bases_is_of_one_model(llama, gpt2, tmp_path):
     prep.decompose(tmp_path / "s", model=llama.model, metric="identity", rank=2, quiet=True)
     before = tiny.contents(tmp_path / "s")
-    with pytest.raises(PrepError, match=r"is of another model .*name another --store"):
+    with pytest.raises(PrepError, match="another model"):
         prep.decompose(tmp_path / "s", model=gpt2.model, metric="identity", rank=2, name="other", quiet=True)
     assert tiny.contents(tmp_path / "s") == before
 
 
 def test_what_needs_a_store_says_so(llama, tmp_path):
-    with pytest.raises(StoreError, match=r"no store at .*: run `prep covariance --model X --data Y` first$"):
+    with pytest.raises(StoreError, match="no store at"):
         prep.decompose(tmp_path / "none", quiet=True)
-    with pytest.raises(StoreError, match=r"or name the --model \(metric identity needs no covariance\)"):
+    with pytest.raises(StoreError, match="or name the --model"):
         prep.decompose(tmp_path / "none", metric="identity", quiet=True)
     with pytest.raises(StoreError, match="no store at"):
         prep.decompose(tmp_path / "none", model=llama.model, for_="antipasto", quiet=True)
@@ -305,23 +297,21 @@ def test_what_needs_a_store_says_so(llama, tmp_path):
 def test_another_model_is_refused(llama, gpt2, tmp_path):
     before = tiny.contents(llama.path)
     other = tiny.save(tiny.llama(96), tmp_path / "wider")
-    with pytest.raises(
-        PrepError, match=r"mlp\.gate_proj is 96 x 32 in the model and 80 x 32 in the store: give the --m"
-    ):
+    with pytest.raises(PrepError, match="96 x 32"):
         decomposed(llama, name="other", model=other)
-    with pytest.raises(PrepError, match=r"the model has no layer model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(PrepError, match="has no layer"):
         decomposed(llama, name="other", model=gpt2.model)
     assert tiny.contents(llama.path) == before
 
 
 def test_output_moments_belong_to_their_weights(data, tmp_path):
-    found = calibrate(tiny.llama, data, tmp_path, moment="output")
+    calibrated = calibrate(tiny.llama, data, tmp_path, moment="output")
     changed = tiny.llama()
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     changed = tiny.save(changed, tmp_path / "changed")
-    with pytest.raises(PrepError, match=r"layers\.0\.mlp\.up_proj has an output moment of other weights"):
-        decomposed(found, model=changed)
+    with pytest.raises(PrepError, match="output moment of other weights"):
+        decomposed(calibrated, model=changed)
 
 
 def test_weights_that_are_not_finite_begin_no_basis(llama, tmp_path):
@@ -330,10 +320,10 @@ def test_weights_that_are_not_finite_begin_no_basis(llama, tmp_path):
         model.model.layers[1].self_attn.o_proj.weight[3, 3] = float("inf")
     bad = tiny.save(model, tmp_path / "bad")
     before = tiny.contents(llama.path)
-    with pytest.raises(PrepError, match=r"^model\.layers\.1\.self_attn\.o_proj: the weight holds NaN or Inf"):
+    with pytest.raises(PrepError, match=r"o_proj: the weight holds NaN"):
         decomposed(llama, model=bad, name="bad")
     assert tiny.contents(llama.path) == before
-    with pytest.raises(PrepError, match="the weight holds NaN or Inf"):
+    with pytest.raises(PrepError, match="NaN"):
         prep.decompose(tmp_path / "none", model=bad, metric="identity", quiet=True)
     assert not (tmp_path / "none").exists()
 
@@ -344,11 +334,9 @@ def test_a_basis_is_made_once_and_replaced_only_when_asked(llama, capsys):
     same = prep.decompose(llama.path, name="once", rank=4)
     assert "basis 'once' is complete and was made with the same options: nothing to do" in capsys.readouterr().err
     assert same.status == "complete"
-    with pytest.raises(
-        StoreError, match=r"'once' with other options \(power: 0.5 there, 1 asked for; rank: 4 there, 6 as"
-    ):
+    with pytest.raises(StoreError, match=r"power: .* there, .*rank: 4 there"):
         decomposed(llama, name="once", rank=6, power=1)
-    with pytest.raises(StoreError, match=r"dtype: 'float32' there, 'bfloat16' asked for.*--name, or .*--overwrite"):
+    with pytest.raises(StoreError, match="dtype: 'float32' there"):
         decomposed(llama, name="once", rank=4, dtype="bfloat16")
     assert tiny.contents(llama.path) == before
     names = list(prep.open_store(llama.path).bases)
@@ -362,12 +350,12 @@ def test_a_basis_is_made_once_and_replaced_only_when_asked(llama, capsys):
 
 def test_options_are_checked_first(llama):
     wrong: list[tuple[dict, str]] = [
-        ({"dtype": "float64"}, "--dtype 'float64' does not exist: take one of float32, bfloat16, float16"),
-        ({"name": "../up"}, "--name '../up' cannot name a basis"),
-        ({"rank": 0}, "rank 0 is too small"),
-        ({"power": -1}, "power -1 is not allowed"),
-        ({"for_": "nope"}, "--for 'nope' does not exist: take one of pissa, "),
-        ({"metric": "identity", "center": True}, "center has no effect"),
+        ({"dtype": "float64"}, "--dtype 'float64'"),
+        ({"name": "../up"}, "cannot name a basis"),
+        ({"rank": 0}, "rank 0"),
+        ({"power": -1}, "power -1"),
+        ({"for_": "nope"}, "--for 'nope'"),
+        ({"metric": "identity", "center": True}, "center"),
     ]
     for options, message in wrong:
         with pytest.raises(PrepError, match=message):
@@ -490,10 +478,10 @@ def test_workers_are_as_many_as_the_memory_has_room_for(llama, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("pissa", {"metric": "full"}, "pissa has the metric identity, not full: leave out --metric"),
-        ("milora", {"select": "top"}, "milora has the select bottom, not top: leave out --select"),
-        ("corda_ipm", {"power": 0.5}, "corda_ipm has the power 1, not 0.5: leave out --power"),
-        ("whitened", {"center": True}, "whitened has the center False, not True: leave out --center"),
+        ("pissa", {"metric": "full"}, "--metric"),
+        ("milora", {"select": "top"}, "--select"),
+        ("corda_ipm", {"power": 0.5}, "--power"),
+        ("whitened", {"center": True}, "--center"),
     ],
 )
 def test_an_option_that_makes_a_published_method_another_one(llama, tmp_path, name, options, message):

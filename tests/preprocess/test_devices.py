@@ -127,7 +127,7 @@ def test_autocast_around_the_call_changes_nothing(made, tmp_path, on_devices):
 def test_experts_count_their_own_tokens(tmp_path, on_devices, used):
     import families
 
-    model = families.build(families.FAMILIES["Qwen3-MoE"]).double()
+    model = tiny.model("Qwen3-MoE").double()
     asked = {"batches": families.inputs("Qwen3-MoE", 4), "quiet": True}
     prep.covariance(model, store=tmp_path / "host", **asked, device_memory=0)
     prep.covariance(model, store=tmp_path / "device", **asked, device_memory="1GB")

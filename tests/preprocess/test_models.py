@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from families import FAMILIES, SENTENCES, Routed, build, inputs, without
+from families import FAMILIES, SENTENCES, Routed, inputs, without
 
 import prep
 from prep.store.info import skipped_lines
@@ -37,29 +37,29 @@ class Row:
 def row(name: str) -> Row:
     """Calibrate, compare, decompose and train; AssertionError where the family does not do what the page says."""
     with TemporaryDirectory() as folder:
-        model, store = build(FAMILIES[name]), Path(folder) / "s"
+        model, store = tiny.model(name), Path(folder) / "s"
         calibrate(name, model, folder, store)
-        found = prep.open_store(store).moments
+        moments = prep.open_store(store).moments
         singles = [without(batch, "labels") for batch in inputs(name, 1)]
         if name != "T5":
             singles = [without(batch, "attention_mask") for batch in singles]
         plain, routed = tiny.Activations(model, singles), Routed(model, singles)
-        for layer in found:
-            X, moment = (routed if ".experts." in layer else plain)[layer], found[layer]
+        for layer in moments:
+            X, moment = (routed if ".experts." in layer else plain)[layer], moments[layer]
             assert moment.count == len(X), layer
             assert tiny.relative(moment.second_moment, X.T @ X / len(X)) < 1e-6, layer
             assert tiny.relative(moment.mean, X.mean(0)) < 1e-6, layer
         expected = {layer for layer, module in model.named_modules() if tiny.is_linear(module) and "." in layer}
-        experts = [layer for layer in found if ".experts." in layer]
+        experts = [layer for layer in moments if ".experts." in layer]
         assert set(experts) == set(routed.kept)
         assert {layer for layer in expected if any(part.isdigit() for part in layer.split("."))} == {
-            layer for layer in found if layer not in experts
+            layer for layer in moments if layer not in experts
         }
         prep.decompose(store, model=model, rank=4, quiet=True)
-        trains(name, build(FAMILIES[name]), store, with_prep)
-        trains(name, build(FAMILIES[name]), store, with_peft)
-        lines = skipped_lines(found.skipped)
-        return Row(type(model).__name__, len(found) - len(experts), len(found.sites), len(experts), lines)
+        trains(name, tiny.model(name), store, with_prep)
+        trains(name, tiny.model(name), store, with_peft)
+        lines = skipped_lines(moments.skipped)
+        return Row(type(model).__name__, len(moments) - len(experts), len(moments.sites), len(experts), lines)
 
 
 def calibrate(name: str, model: Any, folder: str, store: Path) -> None:
@@ -185,10 +185,10 @@ def page() -> str:
     table = [columns, ["---"] * len(columns)]
     reasons = []
     for name in FAMILIES:
-        found = row(name)
-        numbers = [str(found.layers), str(found.sites), str(found.experts or ""), str(len(found.skipped) or "")]
-        table.append([name, f"`{found.cls}`", *numbers, "< 1e-6", "ok", "ok"])
-        reasons += [f"- {name}: {line}" for line in found.skipped]
+        checked = row(name)
+        numbers = [str(checked.layers), str(checked.sites), str(checked.experts or ""), str(len(checked.skipped) or "")]
+        table.append([name, f"`{checked.cls}`", *numbers, "< 1e-6", "ok", "ok"])
+        reasons += [f"- {name}: {line}" for line in checked.skipped]
     rows = "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return HEAD + rows + TAIL.format(skipped="\n".join(reasons))
 

@@ -45,9 +45,9 @@ def int8(model):
     model.first = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
     model.first.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     model.first.to("cpu")
-    found = model.first.weight.data.float() * model.first.weight.SCB[:, None] / 127
-    assert (found - weight).norm() < 1e-2 * weight.norm()
-    return found
+    dequantised = model.first.weight.data.float() * model.first.weight.SCB[:, None] / 127
+    assert (dequantised - weight).norm() < 1e-2 * weight.norm()
+    return dequantised
 
 
 def fp8(model):

@@ -20,12 +20,10 @@ from prep.units import blocks_as_text, parse_blocks, parse_seconds, parse_size
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A tiny Llama whose down_proj has three panels, its text, and the store of a single pass."""
-    home = tmp_path_factory.mktemp("plan")
-    model = tiny.save(tiny.llama(770), home / "model")
-    options = {"model": model, "data": tiny.write_data(home / "t.jsonl", tiny.texts(120)), "quiet": True}
-    options |= {"num_sequences": 24, "seq_len": 16, "batch_size": 4}
-    prep.covariance(store=home / "whole.zarr", **options)
-    return home, options
+    given = tiny.sources(tmp_path_factory.mktemp("plan"), tiny.llama(770), sentences=120)
+    options = {"model": given.model, "data": given.data, **tiny.RUN, "num_sequences": 24}
+    prep.covariance(store=given.path / "whole.zarr", **options)
+    return given.path, options
 
 
 def size(path: Path) -> int:
@@ -69,14 +67,15 @@ def test_every_pass_is_within_the_budget():
 
 def test_a_dry_run_predicts_and_stores_nothing(job, tmp_path):
     home, options = job
-    found = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    estimate = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
     assert list(tmp_path.iterdir()) == []
     moments = prep.open_store(home / "whole.zarr").moments
-    assert (found.layers, found.sites, found.tokens, found.passes) == (len(moments), len(moments.sites), 24 * 16, 1)
+    assert (estimate.layers, estimate.sites) == (len(moments), len(moments.sites))
+    assert (estimate.tokens, estimate.passes) == (24 * 16, 1)
     chunks = sum(file.stat().st_size for file in (home / "whole.zarr").rglob("*") if file.name != "zarr.json")
-    assert found.disk == pytest.approx(chunks, rel=0.1)
-    assert 3 * found.accumulators == 2 * found.disk  # float64, and the first half in float32
-    assert found.seconds > 0
+    assert estimate.disk == pytest.approx(chunks, rel=0.1)
+    assert 3 * estimate.accumulators == 2 * estimate.disk  # float64, and the first half in float32
+    assert estimate.seconds > 0
 
 
 def test_the_command_prints_the_estimate(job, tmp_path):
@@ -142,3 +141,25 @@ def test_block_numbers_have_one_spelling():
 def test_python_takes_what_the_command_takes_and_its_own_types():
     options = CovarianceOptions("m", "d", memory_budget="8GB", checkpoint_every="2m", dtype=torch.bfloat16, targets="q")
     assert (options.budget, options.every, options.dtype, options.targets) == (8 * 10**9, 120.0, "bfloat16", ("q",))
+
+
+def test_a_dry_run_says_that_it_runs_a_sample_and_runs_no_more(job, tmp_path, monkeypatch, capsys):
+    """Of 8 sequences in each pass, one to warm up and a batch of two."""
+    _, options = job
+    ran, add, said = [], Part.add, []
+
+    def counted(self, batch):
+        said.append(capsys.readouterr().err)
+        ran.append(len(batch.inputs["input_ids"]))
+        add(self, batch)
+
+    monkeypatch.setattr(Part, "add", counted)
+    options = {**options, "num_sequences": 8, "batch_size": 2, "quiet": False}
+    needed = prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    assert ran == [1, 2] * needed.passes
+    line = "dry run: loads the model and runs a sample, 3 of 8 sequences a pass; nothing is stored\n"
+    assert said[0].endswith(line)
+    options |= {"num_sequences": 2}
+    said.clear()
+    prep.covariance(store=tmp_path / "d.zarr", dry_run=True, **options)
+    assert "dry run: loads the model and runs one batch; nothing is stored" in said[0]

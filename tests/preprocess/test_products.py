@@ -43,11 +43,11 @@ def test_blocks_are_the_lower_triangle(threads, d, number):
 
 def test_the_number_of_threads_changes_nothing(threads):
     X = torch.randn(100, 1024, generator=torch.Generator().manual_seed(0))
-    found = []
+    sums = []
     for number in (1, 2, 5):
         threads(number)
-        found.append(lower(X, panels(1024))[0].nan_to_num(0))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        sums.append(lower(X, panels(1024))[0].nan_to_num(0))
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
 def test_views_doubles_and_no_tokens():

@@ -29,12 +29,12 @@ BATCHES = 5
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, text and the store of an uninterrupted run."""
-    path = tmp_path_factory.mktemp("made")
-    options = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2, "quiet": True, "checkpoint_every": 0.0}
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(80))
-    prep.covariance(model, data, store=path / "whole", **options)
-    return SimpleNamespace(path=path, model=model, data=data, options=options, whole=path / "whole")
+    made = tiny.sources(tmp_path_factory.mktemp("made"), sentences=80)
+    made.options = {"num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
+    made.options |= {"quiet": True, "checkpoint_every": 0.0}
+    made.whole = made.path / "whole"
+    prep.covariance(made.model, made.data, store=made.whole, **made.options)
+    return made
 
 
 @pytest.fixture
@@ -209,8 +209,8 @@ def test_an_interrupted_overwrite_of_a_basis_is_resumed_and_harms_nothing(made, 
     with monkeypatch.context() as patch:
         patch.setattr("prep.store.bases.FLUSH_SECONDS", 0.0)
         killed(monkeypatch, replace, 3, BasisWriter, "note")
-    found = open_store(run.store).bases
-    assert found["full"].hash == before and len(found.pending("full").layers) == 3
+    bases = open_store(run.store).bases
+    assert bases["full"].hash == before and len(bases.pending("full").layers) == 3
     capsys.readouterr()
     assert replace().method["rank"] == 6
     assert "resumed after 3 of 14 layers" in capsys.readouterr().err

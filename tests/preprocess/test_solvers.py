@@ -8,20 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import scipy.linalg
-from threadpoolctl import threadpool_limits
 
 from prep.preprocess.numerics import lapack, solvers
+
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 N, RANK = 160, 24
 RNG = np.random.default_rng(0)
 TURN = np.linalg.qr(RNG.standard_normal((N, N)))[0]
 NUMBERS = np.arange(1, N + 1.0)
-
-
-@pytest.fixture(autouse=True)
-def one_blas_thread():
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(autouse=True, params=["SciPy's routines", "NumPy, where those have other integers"])
@@ -136,7 +131,7 @@ with threadpool_limits(1):
     from prep.preprocess.numerics import lapack
     import numpy as np
     lapack.times_lower(np.ones((3, 4)), np.ones((4, 4)))
-    print(*{found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"})
+    print(*{pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"})
 """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 from layers import SHAPES, activations, diagonal, full, output, weight
-from threadpoolctl import threadpool_limits
 
 from prep import PrepError
 from prep.preprocess.numerics import randomized, whitening
 from prep.preprocess.numerics.methods import PUBLISHED, Method, basis_name, check
 from prep.preprocess.numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
 
-
-@pytest.fixture(autouse=True)
-def one_blas_thread():
-    """As the worker threads run it; small matrices on several threads only fight."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def norm(A: np.ndarray) -> float:
@@ -273,11 +267,11 @@ SPECTRA = {  # of G, and whether the randomized route must reach its bound there
 def test_randomized_meets_the_bound_or_says_that_it_does_not(spectrum, reached, rank):
     V = np.linalg.qr(np.random.default_rng(3).standard_normal((300, 300)))[0]
     G = (V * spectrum) @ V.T
-    found = randomized.top_pairs((G + G.T) / 2, rank)
+    pairs = randomized.top_pairs((G + G.T) / 2, rank)
     if reached is not None and not (rank == 1 and not reached):
-        assert (found is not None) == reached
-    if found is not None:
-        S, Z = found
+        assert (pairs is not None) == reached
+    if pairs is not None:
+        S, Z = pairs
         np.testing.assert_allclose(Z.T @ Z, np.eye(rank), atol=1e-10)
         left = np.trace(G) - np.trace(Z.T @ G @ Z)
         least = np.sum(np.sort(spectrum)[:-rank])

@@ -8,7 +8,6 @@ import pytest
 import steps
 import tiny
 import torch
-from workers import one_thread  # noqa: F401
 
 from prep import StoreError
 from prep.preprocess.verify import verify
@@ -60,8 +59,8 @@ def seed_of(path, name="full"):
     """Which basis readers find, checked against what went into it."""
     basis = open_store(path).bases[name]
     seed = basis.method["seed"]
-    for layer, found in basis.read().items():
-        for got, wanted in zip((found.U, found.S, found.P, found.spectrum), parts(seed, layer), strict=True):
+    for layer, one in basis.read().items():
+        for got, wanted in zip((one.U, one.S, one.P, one.spectrum), parts(seed, layer), strict=True):
             np.testing.assert_allclose(got.double(), wanted, rtol=1e-6, atol=1e-6)
     return seed
 
@@ -222,9 +221,9 @@ def test_attributes_that_another_writer_changed_are_not_written_over(store):
     writer = begin(root, 3, "third")
     write(writer, 3)
     writer.finish()
-    found = open_store(store)
-    assert found.bases.names == ["full", "other", "third"]
-    assert found.attrs["run"] == {"host": "elsewhere"}
+    reopened = open_store(store)
+    assert reopened.bases.names == ["full", "other", "third"]
+    assert reopened.attrs["run"] == {"host": "elsewhere"}
     assert verify(store).findings == []
 
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 import zarr
 from safetensors.torch import load_file, save_file
-from stores import RUN, everything, files, flip
+from stores import everything, files, flip
 
 import prep
 from prep import StoreError
@@ -29,14 +29,13 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model and two stores of it: full moments with two bases, and output moments."""
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "full", **RUN)
-    prep.decompose(path / "full", rank=4, quiet=True)
-    prep.decompose(path / "full", for_="antipasto", rank=4, dtype="bfloat16", quiet=True)
-    prep.covariance(model, data, store=path / "output", moment="output", moment_dtype="float32", **RUN)
-    return SimpleNamespace(path=path, model=model, data=data)
+    made = tiny.sources(tmp_path_factory.mktemp("made"))
+    prep.covariance(made.model, made.data, store=made.path / "full", **tiny.RUN)
+    prep.decompose(made.path / "full", rank=4, quiet=True)
+    prep.decompose(made.path / "full", for_="antipasto", rank=4, dtype="bfloat16", quiet=True)
+    options = {"moment": "output", "moment_dtype": "float32", **tiny.RUN}
+    prep.covariance(made.model, made.data, store=made.path / "output", **options)
+    return made
 
 
 @pytest.fixture
@@ -52,9 +51,9 @@ def owner(path, file):
 def meaning(raw):
     """A zarr.json as a reader takes it, or None; `run` tells of the machine and is not sealed."""
     try:
-        found = json.loads(raw)
-        found["attributes"].pop("run", None)
-        return found
+        document = json.loads(raw)
+        document["attributes"].pop("run", None)
+        return document
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -124,9 +123,9 @@ def test_a_whole_store_verifies(made):
         assert report.findings == []
         assert (report.sites, report.bases) == (8, bases)
         assert report.weights == 14 * (1 + bases)
-        found = report.to_dict()
-        assert found["whole"] is True
-        assert json.loads(json.dumps(found)) == found
+        summary = report.to_dict()
+        assert summary["whole"] is True
+        assert json.loads(json.dumps(summary)) == summary
     held = sum(file.stat().st_size for file in files(made.path / "output") if "/c/" in file.as_posix())
     chunks = sum("/c/" in file.as_posix() for file in files(made.path / "output"))
     assert report.bytes == held - 4 * chunks
@@ -150,8 +149,8 @@ def _site(store, layer):
 def test_what_does_not_belong_is_found(store):
     zarr.open_group(str(store), mode="r+", zarr_format=3).create_array("moments/extra", shape=(3,), dtype="float32")
     (store / "bases" / "full" / "notes.txt").write_text("x")
-    found = {finding.where for finding in verify(store).findings}
-    assert found == {"moments/extra/zarr.json", "bases/full/notes.txt"}
+    places = {finding.where for finding in verify(store).findings}
+    assert places == {"moments/extra/zarr.json", "bases/full/notes.txt"}
 
 
 def test_other_weights_are_found(made, store, tmp_path):
@@ -256,9 +255,9 @@ def assert_holds(begun, layers):
     """Exactly `layers` count as done, and can be read although others of their chunks are missing."""
     basis = open_store(begun.path).bases.open("b")
     assert sorted(basis.layers) == sorted(layers)
-    for layer, found in basis.read().items():
+    for layer, one in basis.read().items():
         U, S, Vt = begun.parts[layer]
-        for got, wanted in ((found.U, U[:, :5]), (found.S, S[:5]), (found.P, Vt[:5]), (found.spectrum, S)):
+        for got, wanted in ((one.U, U[:, :5]), (one.S, S[:5]), (one.P, Vt[:5]), (one.spectrum, S)):
             np.testing.assert_array_equal(got, wanted)
 
 
@@ -329,7 +328,7 @@ def test_a_damaged_row_is_found_when_its_basis_is_resumed(begun):
     begun.writer.flush()
     chunk = begun.path / "bases" / "b" / "7x6" / "S" / "c" / "0" / "0"
     chunk.write_bytes(flip(chunk.read_bytes(), 3, 1))
-    with pytest.raises(StoreError, match=r"7x6/S \(chunk c/0/0\) does not match its checksum: restore the store"):
+    with pytest.raises(StoreError, match=r"7x6/S \(chunk c/0/0\) does not match its checksum"):
         resumed(begun)
 
 
@@ -368,7 +367,7 @@ def test_infinite_values_are_refused(store):
 
 def test_a_basis_of_components_of_a_low_rank_input_is_whole(made, tmp_path):
     """EVA's S are standard deviations of the input: fewer tokens than channels end them in zeros, and that is right."""
-    run = {**RUN, "num_sequences": 1, "seq_len": 6, "batch_size": 1}
+    run = {**tiny.RUN, "num_sequences": 1, "seq_len": 6, "batch_size": 1}
     prep.covariance(made.model, made.data, store=tmp_path / "s", **run)
     basis = prep.decompose(tmp_path / "s", for_="eva", rank=24, quiet=True)
     assert min(float(one.S.min()) for one in basis.read().values()) == 0

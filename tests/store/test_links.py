@@ -10,23 +10,6 @@ from prep import StoreError
 from prep.store import open_store
 from prep.store.transfer import pull
 
-RUN = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "s", layers="1", **RUN)
-    prep.decompose(path / "s", rank=4, quiet=True)
-    return path / "s"
-
-
-@pytest.fixture
-def store(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "s")
-
 
 def link_out(store, name, victim):
     """Move a file or directory of the store to `victim` and put a link in its place."""
@@ -55,7 +38,7 @@ def test_no_link_out_of_the_store_is_written_through(store, tmp_path, name):
     (store / "stray").write_text("x")
     link_out(store, name, tmp_path / "victim")
     before, victim = tiny.contents(tmp_path), tmp_path / "victim"
-    with pytest.raises(StoreError, match=rf"{name} is a link out of the store, to {victim}: put a copy of that in its"):
+    with pytest.raises(StoreError, match=rf"{name} is a link out of the store, to {victim}"):
         open_store(store, "r+")
     with pytest.raises(StoreError, match="is a link out of the store"):
         prep.decompose(store, for_="pissa", rank=4, quiet=True)
@@ -76,9 +59,9 @@ def test_links_within_the_store_are_no_matter(store):
     assert prep.decompose(store, for_="pissa", rank=4, quiet=True).status == "complete"
 
 
-def test_a_store_that_is_removed_takes_nothing_with_it(store, made, tmp_path):
+def test_a_store_that_is_removed_takes_nothing_with_it(store, one_block, tmp_path):
     link_out(store, "bases", tmp_path / "victim")
     before = tiny.contents(tmp_path / "victim")
-    pull(made, store, overwrite=True)
+    pull(one_block, store, overwrite=True)
     assert tiny.contents(tmp_path / "victim") == before
     assert not (store / "bases").is_symlink()

@@ -9,15 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from stores import RUN, everything
-from workers import one_thread  # noqa: F401
+from stores import everything
 
 import prep
 from prep import StoreError
 from prep.preprocess.verify import verify
 from prep.store import open_store, read_site
 from prep.store.checkpoint import read_sums, write_sums
-from prep.store.format import schema
 from prep.store.format.schema import sealed
 from prep.store.pool import pool
 
@@ -25,23 +23,14 @@ Q, OUT, DOWN = (f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_
 SLAB = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_slabs():
-    """Chunks of two ranks, and of two layers, so that a tiny basis has several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "SLAB", SLAB)
-        patch.setattr(schema, "ROWS", SLAB)
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(small_slabs, tmp_path_factory):
     """Stores of one model and two corpora, alike in all but their numbers."""
     path = tmp_path_factory.mktemp("made")
     model = tiny.save(tiny.llama(), path / "model")
     for seed, name in enumerate(("one", "two")):
         data = tiny.write_data(path / f"{name}.jsonl", tiny.texts(60, seed=seed))
-        prep.covariance(model, data, store=path / name, layers="1", **RUN)
+        prep.covariance(model, data, store=path / name, layers="1", **tiny.RUN)
         prep.decompose(path / name, rank=8, quiet=True)
     return SimpleNamespace(path=path, model=model, one=path / "one", two=path / "two")
 
@@ -118,8 +107,8 @@ def test_a_basis_half_copied_over_another(made, store, part):
 
 def test_a_spectrum_of_another_basis(made, store):
     copied(made, store, "bases/full/32x48/spectrum")
-    found = open_store(store).bases["full"][DOWN]
-    refused(rf"32x48/spectrum \(row 0, {DOWN}\) is not the one", lambda: found.spectrum)
+    basis = open_store(store).bases["full"][DOWN]
+    refused(rf"32x48/spectrum \(row 0, {DOWN}\) is not the one", lambda: basis.spectrum)
 
 
 def test_records_of_two_runs_are_no_basis(made, store):

@@ -36,7 +36,7 @@ def calibrate(model, path, sentences, **options):
 def made(tmp_path_factory):
     """Two texts of different lengths, each padded on its own and both together, for every moment kind."""
     path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(intermediate=80), path / "model")
+    model = tiny.save(tiny.llama(80), path / "model")
     short, long = tiny.texts(4, 3, 5, seed=1), tiny.texts(4, 9, 14, seed=2)
     stores = {}
     for kind in KINDS:
@@ -53,10 +53,10 @@ def made(tmp_path_factory):
 def arrays(store, layer):
     """What is stored of a layer's input or output, as float64."""
     moment = open_store(store).moments[layer]
-    found = {"mean": moment.mean, "diagonal": moment.diagonal}
+    values = {"mean": moment.mean, "diagonal": moment.diagonal}
     if moment.kind != "diagonal":
-        found["matrix"] = moment.second_moment if moment.kind == "full" else moment.output
-    return {name: value.double().numpy() for name, value in found.items()}
+        values["matrix"] = moment.second_moment if moment.kind == "full" else moment.output
+    return {name: value.double().numpy() for name, value in values.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +122,7 @@ def test_the_same_pool_is_not_made_twice(made, tmp_path):
     before = tiny.contents(tmp_path / "c")
     pool([one.a, one.b], store=tmp_path / "c")
     assert tiny.contents(tmp_path / "c") == before
-    with pytest.raises(StoreError, match="holds something else: name another --store, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="holds something else"):
         pool([one.a, one.b], store=tmp_path / "c", weights=[1, 3])
     assert tiny.contents(tmp_path / "c") == before
     pool([one.a, one.b], store=tmp_path / "c", weights=[1, 3], overwrite=True)
@@ -140,11 +140,11 @@ def test_what_is_no_store_is_not_replaced(made, tmp_path):
 
 def test_differences_are_named(made, tmp_path):
     path, sentences, options = made.path / "others", tiny.texts(8), {"seq_len": 8, "dtype": "float64"}
-    other = tiny.llama(intermediate=80)
+    other = tiny.llama(80)
     with torch.no_grad():
         other.get_submodule(DOWN).weight[0, 0] += 1
     weights = tiny.save(other, path / "weights")
-    wide = tiny.save(tiny.llama(intermediate=64), path / "wide")
+    wide = tiny.save(tiny.llama(64), path / "wide")
     cases = {
         "the weight_hash of model.layers.1.mlp.down_proj": calibrate(weights, path / "w", sentences, **options),
         "the model's config_hash": calibrate(wide, path / "c", sentences, **options),
@@ -155,7 +155,7 @@ def test_differences_are_named(made, tmp_path):
         "the moment kind of": made.diagonal.b,
     }
     for difference, part in cases.items():
-        with pytest.raises(StoreError, match=rf"differ in {difference}.*cannot be pooled"):
+        with pytest.raises(StoreError, match=f"differ in {difference}"):
             pool([made.full.a, part], store=tmp_path / "c")
         assert not (tmp_path / "c").exists()
 
@@ -164,10 +164,10 @@ def test_bad_input(made, tmp_path):
     one, target = made.full, tmp_path / "c"
     copy = shutil.copytree(one.a, tmp_path / "a")
     for arguments, message in [
-        (([one.a],), "1 store to pool: name two or more"),
-        (([one.a, one.b], [1.0]), "--weights 1: give 2 positive numbers"),
-        (([one.a, one.b], [1.0, -1.0]), "--weights 1,-1: give 2 positive numbers"),
-        (([one.a, one.b], [1.0, float("inf")]), "give 2 positive numbers"),
+        (([one.a],), "name two or more"),
+        (([one.a, one.b], [1.0]), "--weights 1:"),
+        (([one.a, one.b], [1.0, -1.0]), "--weights 1,-1"),
+        (([one.a, one.b], [1.0, float("inf")]), "positive numbers"),
         (([one.a, tmp_path / "absent"],), "no store at"),
     ]:
         with pytest.raises(PrepError, match=message):
@@ -190,7 +190,7 @@ def test_a_part_is_not_emptied_however_it_is_spelled(made, tmp_path):
     with contextlib.chdir(tmp_path):
         for store in [*spelled("a.zarr"), "a.zarr/moments", "."]:
             for parts in (["a.zarr", made.full.b], [made.full.b, copy]):
-                with pytest.raises(PrepError, match=r"is one of the parts, or lies in .*: name a new one"):
+                with pytest.raises(PrepError, match="is one of the parts"):
                     pool(parts, store=store, overwrite=True)
         with pytest.raises(PrepError, match="pool into a path"):
             pool(["a.zarr", made.full.b], store="memory://pooled")
@@ -212,7 +212,7 @@ def test_what_another_process_completed_meanwhile_is_kept(made, tmp_path, monkey
         return lock
 
     monkeypatch.setattr(pool_module, "writer_lock", late(one.whole))
-    with pytest.raises(StoreError, match="holds something else: name another --store, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="holds something else"):
         pool([one.a, one.b], store=store)
     assert tiny.contents(store) == tiny.contents(one.whole)
     shutil.rmtree(store)
@@ -246,10 +246,10 @@ def killed_pools(made, path, seeds):
         steps.killed_at(step, pooled_over, [one.a, one.b], store, [1, 2])
         with writer_lock(store):
             pass
-        found = arrays_and_groups(store)
-        assert found in (old, new)
+        contents = arrays_and_groups(store)
+        assert contents in (old, new)
         assert verify(store).findings == []
-        ended.append(found == new)
+        ended.append(contents == new)
         pool([one.a, one.b], store=store, weights=[1, 2], overwrite=True)
         assert arrays_and_groups(store) == new
         assert [p.name for p in store.parent.iterdir()] == ["c"]

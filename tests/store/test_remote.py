@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import workers
-from stores import RUN, bounded, everything, files, flip
-from workers import one_thread  # noqa: F401
+from stores import bounded, everything, files, flip
 
 import prep
 from prep import StoreError
@@ -25,27 +25,15 @@ from prep.store.transfer import pull, push
 BUCKET, RANK, SLAB = "shelf", 4, 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_slabs():
-    """Chunks of two ranks, and of two layers, so that a tiny basis has several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "SLAB", SLAB)
-        patch.setattr(schema, "ROWS", SLAB)
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(small_slabs, tmp_path_factory):
     """A store with moments and two bases, one for metric identity."""
-    import tiny
-
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "prep.zarr", layers="1", **RUN)
-    prep.decompose(path / "prep.zarr", rank=8, quiet=True)
-    prep.decompose(path / "prep.zarr", for_="pissa", rank=8, quiet=True)
-    return SimpleNamespace(path=path, model=model, data=data, store=path / "prep.zarr", build=tiny.llama)
+    made = tiny.sources(tmp_path_factory.mktemp("made"))
+    made.store = made.path / "prep.zarr"
+    prep.covariance(made.model, made.data, store=made.store, layers="1", **tiny.RUN)
+    prep.decompose(made.store, rank=8, quiet=True)
+    prep.decompose(made.store, for_="pissa", rank=8, quiet=True)
+    return made
 
 
 # Servers
@@ -145,7 +133,7 @@ def test_everything_reads_the_same(made, server):
 
 
 def test_attaching_gives_the_same_logits_and_fetches_only_what_the_rank_needs(made, server):
-    model = made.build()
+    model = tiny.llama()
     x = workers.tokens()
     prep.attach(model, made.store, core="gain", basis="full", rank=RANK)
     for core in model.modules():
@@ -178,12 +166,12 @@ def test_one_layer_fetches_its_own_chunks(made, server):
     layer = "model.layers.1.self_attn.o_proj"
     basis = open_store(server.url).bases["identity"]
     server.log.clear()
-    found = basis.read([layer], rank=1)[layer]
-    index = found.record.index
+    one = basis.read([layer], rank=1)[layer]
+    index = one.record.index
     chunks = {name for name in asked(server) if "/c/" in name}
     top = "bases/identity/32x32"
     assert chunks == {f"{top}/U/c/{index}/0/0", f"{top}/P/c/{index}/0/0", f"{top}/S/c/{index // SLAB}/0"}
-    assert torch.equal(found.U, open_store(made.store).bases["identity"][layer].U[:, :1])
+    assert torch.equal(one.U, open_store(made.store).bases["identity"][layer].U[:, :1])
 
 
 def test_memory_urls(made):
@@ -228,13 +216,13 @@ def test_pull_from_the_web_needs_no_listing(made, web, tmp_path):
 
 
 def test_what_is_there_is_kept_unless_asked(made, shelf, tmp_path):
-    with pytest.raises(StoreError, match="holds something already: name another URL, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="holds something already"):
         push(made.store, shelf.url)
     push(made.store, shelf.url, overwrite=True)
     assert verify(shelf.url).findings == []
     target = shutil.copytree(made.store, tmp_path / "s")
     before = everything(target)
-    with pytest.raises(StoreError, match="exists already: name another --store, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="exists already"):
         pull(shelf.url, target)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("x")
@@ -396,7 +384,7 @@ def harmful(made, monkeypatch):
 )
 def test_a_server_that_stalls_ends_an_attach(made, harmful, how, at):
     url, _ = harmful(how, at)
-    model = made.build()
+    model = tiny.llama()
     with bounded(30), pytest.raises(StoreError, match=r"cannot be read \(no answer in time; PREP_TIMEOUT") as caught:
         prep.attach(model, url, rank=RANK)
     assert len(str(caught.value).splitlines()) == 1
@@ -410,7 +398,7 @@ def test_an_s3_server_that_stalls_ends_an_attach(made, harmful, s3, monkeypatch)
     s3fs.S3FileSystem.clear_instance_cache()  # one that has met the other server would go there
     try:
         with bounded(30), pytest.raises(StoreError, match=r"cannot be read \(no answer in time; PREP_TIMEOUT"):
-            prep.attach(made.build(), s3.url, rank=RANK)
+            prep.attach(tiny.llama(), s3.url, rank=RANK)
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
 
@@ -420,7 +408,7 @@ def test_an_s3_server_that_stalls_ends_an_attach(made, harmful, s3, monkeypatch)
 def test_no_more_is_read_than_was_asked_for(made, harmful, how, at, limit):
     url, server = harmful(how, at)
     with bounded(30), pytest.raises(StoreError, match=r"larger than 40 MB|does not hold .* bytes"):
-        prep.attach(made.build(), url, rank=RANK)
+        prep.attach(tiny.llama(), url, rank=RANK)
     assert server.sent < limit + 2**25  # what the buffers of two sockets hold
 
 
@@ -455,7 +443,7 @@ def test_only_regular_files_are_read(made, tmp_path, name, kind):
     (store / name).unlink()
     os.mkfifo(store / name) if kind == "pipe" else (store / name).symlink_to("/dev/zero")
     for action in (
-        lambda: prep.attach(made.build(), store, rank=RANK),
+        lambda: prep.attach(tiny.llama(), store, rank=RANK),
         lambda: push(store, f"memory://{kind}{len(name)}/prep.zarr"),
         lambda: pull(store, tmp_path / "copy.zarr"),
     ):
@@ -466,4 +454,4 @@ def test_only_regular_files_are_read(made, tmp_path, name, kind):
     (store / name).unlink()
     (store / name).rename(linked) if (store / name).exists() else shutil.copy(made.store / name, linked)
     (store / name).symlink_to(linked)
-    prep.attach(made.build(), store, rank=RANK)  # a link to a regular file is one
+    prep.attach(tiny.llama(), store, rank=RANK)  # a link to a regular file is one

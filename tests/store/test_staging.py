@@ -8,9 +8,7 @@ import subprocess
 import pytest
 import steps
 import tiny
-import workers
 from torch import nn
-from workers import one_thread  # noqa: F401
 
 from prep import StoreError
 from prep.preprocess.verify import verify
@@ -36,7 +34,7 @@ def made(tmp_path_factory):
     """Two stores of one layer, `old` and `new`."""
     path = tmp_path_factory.mktemp("made")
     for name in ("old", "new"):
-        workers.write_store(path / name, nn.Sequential(nn.Linear(4, 3)), rank=2)
+        tiny.store(path / name, nn.Sequential(nn.Linear(4, 3)), rank=2)
     return path
 
 
@@ -141,17 +139,17 @@ def test_killed_at_every_step(made, tmp_path, there):
     store = tmp_path / "w" / "s"
     for step in steps.every_step(put, lambda: (lay_out(made, tmp_path / "w", there=there),)):
         if store.exists():
-            found = which(store)
+            at_once = which(store)
         else:
             with pytest.raises(
                 StoreError, match=r"was being replaced .*run that command again" if there else "no store"
             ):
                 open_store(store)
-            found = None
+            at_once = None
         after, staged = settled(store)
         assert (after, staged) in [("old" if there else None, "new"), ("new", None)], step
-        assert found in (after, None)
-        seen.add((found, after))
+        assert at_once in (after, None)
+        seen.add((at_once, after))
         if staged:
             put(store)
         assert settled(store) == ("new", None)

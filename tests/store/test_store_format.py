@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from stores import write_moments
 
 import prep
 from prep.store import SiteData, create_store
@@ -32,7 +31,7 @@ def store(tmp_path):
     members = {LAYER: {"shape": [40, 700], "weight_hash": "", "weight_dtype": "float32"}}
     blocks = [torch.from_numpy(C[a:b, :b]) for a, b in panels(700)]
     data = SiteData("full", members, len(X), torch.from_numpy(X.mean(0)), second_moment=blocks)
-    write_moments(root, {LAYER: data})
+    tiny.write_moments(root, {LAYER: data})
     U, S, Vt = np.linalg.svd(W, full_matrices=False)
     writer = prep.store.BasisWriter.create(
         root,
@@ -126,15 +125,15 @@ def test_plain_zarr_reads_the_arrays_and_would_write_the_same_files(stacked, tmp
             values = torch.stack([x.T if role == "U" else x for x in rows])
             kept = values if role in ("S", "spectrum") else values.to(schema.DTYPES[dtype])
             bits = kept.view(torch.uint16).numpy() if kept.dtype == torch.bfloat16 else kept.numpy()
-            found = zarr.open_array(str(path / "bases" / dtype / "9x8" / role), mode="r")
-            assert found.chunks == edges
-            np.testing.assert_array_equal(found[...], bits)
+            stored = zarr.open_array(str(path / "bases" / dtype / "9x8" / role), mode="r")
+            assert stored.chunks == edges
+            np.testing.assert_array_equal(stored[...], bits)
             plain = zarr.create_array(
                 str(tmp_path / "plain"),
                 shape=bits.shape,
                 chunks=edges,
                 dtype=bits.dtype,
-                fill_value=found.fill_value,
+                fill_value=stored.fill_value,
                 serializer=zarr.codecs.BytesCodec(endian="little"),
                 compressors=zarr.codecs.Crc32cCodec(),
                 overwrite=True,
@@ -147,9 +146,9 @@ def test_plain_zarr_reads_the_arrays_and_would_write_the_same_files(stacked, tmp
 def test_any_rank_is_a_slice(stacked, rank):
     path, layers, given = stacked
     for dtype in schema.DTYPES:
-        found = prep.open_store(path).bases[dtype].read(layers[3:0:-2], rank)
-        assert list(found) == ["layer3", "layer1"]
-        for layer, one in found.items():
+        slices = prep.open_store(path).bases[dtype].read(layers[3:0:-2], rank)
+        assert list(slices) == ["layer3", "layer1"]
+        for layer, one in slices.items():
             U, S, P, spectrum = given[dtype, layer]
             assert torch.equal(one.U, U[:, :rank].to(schema.DTYPES[dtype]))
             assert torch.equal(one.P, P[:rank].to(schema.DTYPES[dtype]))

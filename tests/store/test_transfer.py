@@ -9,12 +9,10 @@ import fsspec
 import pytest
 import steps
 import tiny
-import workers
 from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 from stores import files, flip
 from torch import nn
-from workers import one_thread  # noqa: F401
 
 from prep import StoreError
 from prep.cli import main
@@ -30,8 +28,8 @@ from prep.store.transfer import pull, push
 def made(tmp_path_factory):
     """Two stores of one layer, `old` and `new`, with bases of different names."""
     path = tmp_path_factory.mktemp("made")
-    workers.write_store(path / "old", nn.Sequential(nn.Linear(4, 3)), ("full", "eva"), rank=2)
-    workers.write_store(path / "new", nn.Sequential(nn.Linear(4, 3)), ("full", "identity"), rank=2)
+    tiny.store(path / "old", nn.Sequential(nn.Linear(4, 3)), ("full", "eva"), rank=2)
+    tiny.store(path / "new", nn.Sequential(nn.Linear(4, 3)), ("full", "identity"), rank=2)
     return path
 
 
@@ -55,7 +53,7 @@ def damaged(store, path):
 def test_a_store_is_not_copied_onto_itself(made, tmp_path, overwrite):
     store = Path(shutil.copytree(made / "old", tmp_path / "b.zarr"))
     (tmp_path / "link").symlink_to("b.zarr")
-    before, said = tiny.contents(store), "are one place, or one lies in the other: name another target"
+    before, said = tiny.contents(store), "are one place"
     with contextlib.chdir(tmp_path):
         spellings = ["b.zarr", "./b.zarr/", "link", f"{tmp_path}/link", store.as_uri(), (tmp_path / "link").as_uri()]
         for source in spellings:
@@ -75,7 +73,7 @@ def test_two_spellings_of_one_url_are_one_place(made):
     for other in ("memory://shelf/one.zarr", "memory://shelf/one.zarr/"):
         with pytest.raises(StoreError, match="are one place"):
             push("memory://shelf/one.zarr", other, overwrite=True)
-    with pytest.raises(StoreError, match="is the store that is to be copied: name another URL"):
+    with pytest.raises(StoreError, match="is to be copied"):
         push("memory://shelf/one.zarr", "memory:///shelf/one.zarr", overwrite=True)
     assert which("memory://shelf/one.zarr") == "old"
     assert not [path for path in MemoryFileSystem().find("/shelf/one.zarr") if path.endswith(".partial")]
@@ -88,7 +86,7 @@ def test_push_to_a_file_url_makes_its_directories(made, tmp_path):
     target = tmp_path / "a b" / "deep" / "c.zarr"
     push(made / "old", target.as_uri())
     assert tiny.contents(target) == tiny.contents(made / "old")
-    with pytest.raises(StoreError, match="exists already: name another URL, or replace it with --overwrite"):
+    with pytest.raises(StoreError, match="exists already"):
         push(made / "new", target.as_uri())
     push(made / "new", target.as_uri(), overwrite=True)
     assert tiny.contents(target) == tiny.contents(made / "new")
@@ -108,7 +106,7 @@ def test_places_that_cannot_be_written_to_are_one_line(made, tmp_path):
         with pytest.raises(StoreError) as caught:
             push(made / "old", target)
         assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(StoreError, match="is a URL: pull into a path"):
+    with pytest.raises(StoreError, match="is a URL"):
         pull(made / "old", "memory://c.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import tiny
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import GIGABYTE, RUN, bounded, everything
+from stores import GIGABYTE, bounded, everything
 
 import prep
 from prep import PrepError, StoreError
@@ -23,21 +22,6 @@ from prep.store.pool import pool
 from prep.store.transfer import pull
 
 SITE = "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(60))
-    prep.covariance(model, data, store=path / "s", layers="1", **RUN)
-    prep.decompose(path / "s", rank=4, quiet=True)
-    return path / "s"
-
-
-@pytest.fixture
-def store(source, tmp_path):
-    return shutil.copytree(source, tmp_path / "s.zarr")
 
 
 def documents(path):
@@ -354,15 +338,15 @@ JSON = st.recursive(
 
 
 @st.composite
-def changed(draw, found):
+def changed(draw, given_documents):
     """One to three documents with a value, key or item replaced, removed or added; or a number everywhere."""
-    found = copy.deepcopy(found)
+    given_documents = copy.deepcopy(given_documents)
     if draw(st.integers(0, 3)) == 0:
         old = draw(st.sampled_from([4, 16, 32, 48, 128]))
         new = draw(st.sampled_from([0, -1, 1, 3, 31, 500, 10_000, 70_000, 10**6, 10**7, 2**40, 2**70, 4.5, "4", None]))
-        return {file: replace(document, old, new) for file, document in found.items()}
+        return {file: replace(document, old, new) for file, document in given_documents.items()}
     for _ in range(draw(st.integers(1, 3))):
-        node = found[draw(st.sampled_from(sorted(found)))]
+        node = given_documents[draw(st.sampled_from(sorted(given_documents)))]
         while True:
             keys = list(node) if isinstance(node, dict) else list(range(len(node)))
             if not keys:
@@ -381,7 +365,7 @@ def changed(draw, found):
             else:
                 node.append(draw(JSON))
             break
-    return found
+    return given_documents
 
 
 def replace(value, old, new):
@@ -393,7 +377,7 @@ def replace(value, old, new):
 
 
 def fuzz(store, cases, names):
-    found, actions = documents(store), uses(store)
+    before, actions = documents(store), uses(store)
 
     @settings(
         max_examples=cases,
@@ -402,18 +386,18 @@ def fuzz(store, cases, names):
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(changed(found))
+    @given(changed(before))
     def run(other):
         for file, document in other.items():
-            if document != found[file]:
+            if document != before[file]:
                 write(file, document)
         try:
             for name in names:
                 works_or_refuses(name, actions[name])
         finally:
             for file, document in other.items():
-                if document != found[file]:
-                    file.write_text(json.dumps(found[file]))
+                if document != before[file]:
+                    file.write_text(json.dumps(before[file]))
 
     run()
     assert look(store).findings == []

@@ -36,22 +36,20 @@ def run(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Model, data and a store with the bases that the benchmarks read."""
-    path = tmp_path_factory.mktemp("benchmarks")
-    model = tiny.save(tiny.llama(80), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(120))
-    store = path / "s.zarr"
-    prep.covariance(model, data, store=store, num_sequences=40, seq_len=16, moment="full", quiet=True)
+    given = tiny.sources(tmp_path_factory.mktemp("benchmarks"), tiny.llama(80), sentences=120)
+    store = given.path / "s.zarr"
+    prep.covariance(given.model, given.data, store=store, num_sequences=40, seq_len=16, moment="full", quiet=True)
     for metric in ("full", "identity"):
         prep.decompose(store, metric=metric, rank=8, quiet=True)
-    return {"model": model, "data": data, "store": store}
+    return {"model": given.model, "data": given.data, "store": store}
 
 
 def test_scaling(run, tmp_path):
     report, plot = tmp_path / "scaling.json", tmp_path / "scaling.svg"
     cheap = ["--shrink", 16, "--seconds", 0, "--threads", 1]
     printed = run("scaling", *cheap, "--wide", "--json", report, "--plot", plot)
-    found = json.loads(report.read_text())["figures"]
-    stages = {section: {figure["stage"] for figure in figures} for section, figures in found.items()}
+    sections = json.loads(report.read_text())["figures"]
+    stages = {section: {figure["stage"] for figure in figures} for section, figures in sections.items()}
     passes = {"forward", "pass full", "pass auto"}
     decompositions = {"decompose exact", "decompose auto"}
     assert stages == {
@@ -61,15 +59,15 @@ def test_scaling(run, tmp_path):
         "rank": decompositions | {"decompose randomized", "attach"},
         "wide": {"full exact", "full auto", "output exact", "output auto", "published"},
     }
-    for section, figures in found.items():
+    for section, figures in sections.items():
         assert f"\n{max(figure['x'] for figure in figures):12} " in printed, section
         assert min(figure["seconds"] for figure in figures) > 0
-    first, second, third = (figure for figure in found["wide"] if figure["stage"] == "published")
+    first, second, third = (figure for figure in sections["wide"] if figure["stage"] == "published")
     assert [first["extrapolated"], second["extrapolated"], third["extrapolated"]] == [False, False, True]
     assert third["seconds"] == pytest.approx(second["seconds"] ** 2 / first["seconds"])  # every width is doubled
     drawing = xml.etree.ElementTree.parse(plot).getroot()
     circles = [element for element in drawing.iter() if element.tag.endswith("circle")]
-    assert len(circles) == sum(map(len, found.values()))
+    assert len(circles) == sum(map(len, sections.values()))
     assert sum(circle.get("fill") == "white" for circle in circles) == 1
     assert plot.stat().st_size < 30_000
 

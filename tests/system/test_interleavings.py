@@ -98,11 +98,11 @@ class History:
             assert said.startswith("Error: ") and len(said.splitlines()) == 1, what
             return
         key = tuple(self.state[name] for name in ("weights", "data", "dtype", "batch_size"))
-        wanted, found = open_store(reference(self.made, *key)).moments, open_store(self.store).moments
-        assert found.sites == wanted.sites, what
+        wanted, moments = open_store(reference(self.made, *key)).moments, open_store(self.store).moments
+        assert moments.sites == wanted.sites, what
         exact = all(used == {1} for used in self.used.values())
         for layer in wanted:
-            ours, theirs = found[layer], wanted[layer]
+            ours, theirs = moments[layer], wanted[layer]
             assert ours.count == theirs.count and ours.members == theirs.members, what
             if exact:
                 assert torch.equal(ours.second_moment, theirs.second_moment), (layer, what)
@@ -130,12 +130,7 @@ def reference(made: Path, weights: int, data: int, dtype: str, batch_size: int) 
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made")
     for version in (0, 1):
-        torch.manual_seed(version)
-        model = tiny.llama()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.05 * version * torch.randn_like(parameter)
-        tiny.save(model, path / f"model{version}")
+        tiny.save(tiny.llama(seed=version), path / f"model{version}")
         tiny.write_data(path / f"text{version}.jsonl", tiny.texts(80, seed=version))
     return path
 

@@ -58,13 +58,11 @@ def test_products_are_exact_and_settings_come_back(setting):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    options = {"num_sequences": 8, "seq_len": 16, "batch_size": 4, "quiet": True}
-    options |= {"data": tiny.write_data(path / "text.jsonl", tiny.texts(60)), "moment": "auto"}
-    prep.covariance(model, store=path / "s", **options)
-    prep.decompose(path / "s", for_="pissa", rank=4, quiet=True)
-    return path, model, options
+    made = tiny.sources(tmp_path_factory.mktemp("made"))
+    options = {"data": made.data, "moment": "auto", **tiny.RUN}
+    prep.covariance(made.model, store=made.path / "s", **options)
+    prep.decompose(made.path / "s", for_="pissa", rank=4, quiet=True)
+    return made.path, made.model, options
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -72,8 +70,8 @@ def test_moments_do_not_depend_on_settings(made, tmp_path, setting):
     path, model, options = made
     with SETTINGS[setting]():
         prep.covariance(model, store=tmp_path / "s", **options)
-    wanted, found = tiny.contents(path / "s"), tiny.contents(tmp_path / "s")
-    assert all(wanted[name] == found[name] for name in wanted if name.startswith("moments"))
+    wanted, files = tiny.contents(path / "s"), tiny.contents(tmp_path / "s")
+    assert all(wanted[name] == files[name] for name in wanted if name.startswith("moments"))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -90,8 +88,8 @@ def test_starts_do_not_depend_on_settings(made, setting):
 
     wanted = residual()
     with SETTINGS[setting]():
-        found = residual()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        loose = residual()
+    assert all(torch.equal(loose[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -109,8 +107,8 @@ def test_merging_does_not_depend_on_settings(made, setting):
 
     wanted = merged()
     with SETTINGS[setting]():
-        found = merged()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        loose = merged()
+    assert all(torch.equal(loose[name], wanted[name]) for name in wanted)
 
 
 def test_a_setting_that_follows_another_still_does():

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import families
 import jobs
 import pytest
 import tiny
@@ -27,10 +26,10 @@ from prep.store import open_store
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, text and options of a run of 7 batches; two passes."""
-    path = tmp_path_factory.mktemp("made")
+    given = tiny.sources(tmp_path_factory.mktemp("made"), tiny.llama(96), sentences=200)
     options = {
-        "model": tiny.save(tiny.llama(intermediate=96), path / "model"),
-        "data": tiny.write_data(path / "text.jsonl", tiny.texts(200)),
+        "model": given.model,
+        "data": given.data,
         "num_sequences": 13,
         "seq_len": 16,
         "batch_size": 2,
@@ -38,7 +37,7 @@ def made(tmp_path_factory):
         "memory_budget": 200_000,
         "quiet": True,
     }
-    return path, options
+    return given.path, options
 
 
 def same(a, b):
@@ -92,7 +91,7 @@ def test_experts_that_some_ranks_do_not_reach(made, tmp_path):
     path, options = made
     options = {
         **options,
-        "model": tiny.save(families.build(families.FAMILIES["Mixtral"]), path / "mixtral"),
+        "model": tiny.save(tiny.model("Mixtral"), path / "mixtral"),
         "moment": "full",
         "num_sequences": 3,
         "batch_size": 1,

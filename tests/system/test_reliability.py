@@ -4,7 +4,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import time
 from types import SimpleNamespace
 
@@ -27,10 +26,9 @@ PAUSE = 0.05  # seconds after every batch and layer, so that there is time to be
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, text, and the stores of runs that nothing interrupted; how long the commands take with their pauses."""
-    path = tmp_path_factory.mktemp("made")
-    model = tiny.save(tiny.llama(), path / "model")
-    data = tiny.write_data(path / "text.jsonl", tiny.texts(200))
-    options = {"model": model, "data": data, "num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
+    given = tiny.sources(tmp_path_factory.mktemp("made"), sentences=200)
+    path = given.path
+    options = {"model": given.model, "data": given.data, "num_sequences": 2 * BATCHES, "seq_len": 16, "batch_size": 2}
     # two passes, and a checkpoint after every few batches
     options |= {"checkpoint_every": 0.02, "memory_budget": 60_000, "quiet": False}
     seconds = {}
@@ -46,20 +44,20 @@ def made(tmp_path_factory):
 
 def without_run(path):
     """Every file, the root's metadata as its attributes without `run`."""
-    found = tiny.contents(path)
-    found.pop("zarr.json")
+    files = tiny.contents(path)
+    files.pop("zarr.json")
     attrs = {name: value for name, value in open_store(path).attrs.items() if name != "run"}
-    return found, attrs
+    return files, attrs
 
 
 def state(path):
     """(sites done, batches) of the checkpoint, which must be readable; (0, 0) before the first, (99, 0) at the end."""
     if not (path / "zarr.json").exists():
         return 0, 0
-    found = open_store(path)
-    if found.status == "complete":
+    stored = open_store(path)
+    if stored.status == "complete":
         return 99, 0
-    checkpoint = read_checkpoint(found.root)
+    checkpoint = read_checkpoint(stored.root)
     return (len(checkpoint["done"]), checkpoint["batches"]) if checkpoint else (0, 0)
 
 
@@ -93,9 +91,9 @@ def killed(made, folder, name, count):
 def covariance_survives(made, tmp_path, count):
     resumed = 0
     for before, said, _ in killed(made, tmp_path, "covariance", count):
-        found = re.search(r"resumed after (\d+) batches, (\d+) of 8 sites", said)
-        if found:  # it begins exactly at the state that was on disk: nothing of it is computed again
-            assert (int(found[2]), int(found[1])) == before
+        line = re.search(r"resumed after (\d+) batches, (\d+) of 8 sites", said)
+        if line:  # it begins exactly at the state that was on disk: nothing of it is computed again
+            assert (int(line[2]), int(line[1])) == before
             resumed += 1
     assert resumed
 
@@ -103,10 +101,10 @@ def covariance_survives(made, tmp_path, count):
 def decompose_survives(made, tmp_path, count):
     resumed, least = 0, 0
     for _, said, code in killed(made, tmp_path, "decompose", count):
-        found = re.search(r"resumed after (\d+) of 14 layers", said)
-        if found:
-            assert int(found[1]) >= least
-            least, resumed = int(found[1]), resumed + 1
+        line = re.search(r"resumed after (\d+) of 14 layers", said)
+        if line:
+            assert int(line[1]) >= least
+            least, resumed = int(line[1]), resumed + 1
         least = 0 if code == 0 else least
     assert resumed
 
@@ -213,17 +211,6 @@ def test_a_checkpoint_is_replaced_in_one_step(made, tmp_path, monkeypatch):
 
 
 # Full disks
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 4 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted")
-    yield path
-    subprocess.run(["umount", path], check=True)
 
 
 @pytest.mark.stress

@@ -60,14 +60,14 @@ def test_the_tail_is_the_error_in_the_metric(store, weights, method):
     basis = prep.decompose(store.location, for_=method, quiet=True)
     metric, power = basis.method["metric"], basis.method["power"]
     worst, site, C = 0.0, None, None
-    for layer, found in basis.read().items():
+    for layer, one in basis.read().items():
         moment, W = store.moments[layer], weights[layer]
         if metric != "identity" and moment.site != site:
             site, C = moment.site, moment.second_moment.double().numpy()
             C = C + basis.method["damping"] * np.trace(C) / len(C) * np.eye(len(C))
             C = np.diag(np.diag(C)) if metric == "diagonal" else C
-        left = W - (found.U.double().numpy() * found.S.numpy()) @ found.P.double().numpy()
-        gap = abs(error_in(left, C, power) - found.record.tail)
+        left = W - (one.U.double().numpy() * one.S.numpy()) @ one.P.double().numpy()
+        gap = abs(error_in(left, C, power) - one.record.tail)
         worst = max(worst, gap / error_in(W, C, power))
     print(f"{method}: largest |error - tail| / ||W M||_F over {len(basis)} layers: {worst:.1e}")
     assert worst < 1e-6

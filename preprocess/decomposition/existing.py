@@ -1,0 +1,135 @@
+"""What is there of the bases that are asked for: made already, to be resumed, of other options, damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ...errors import StoreError
+from ...linear import weight_hash, weight_matrix
+from ...store import Bases, BasisSet, open_store
+from ...store.condition import fault
+from ..model import loading
+from ..progress import say
+from .request import Request
+
+
+def not_made(requests: Sequence[Request]) -> list[str]:
+    """The names of those whose basis is to be made or resumed; of the others a line says that they are there."""
+    left = []
+    for request in requests:
+        if is_made(request):
+            say(made_already(request), request.options.quiet)
+        else:
+            left.append(request.name)
+    return left
+
+
+def same_basis(request: Request) -> BasisSet | None:
+    """The basis that is there and was made with the same options, complete or not; None where one is to be begun.
+
+    The store is looked at anew. A damaged basis is begun anew. An unfinished replacement counts where a basis is to be
+    overwritten, a complete one does not. StoreError where another basis has the name.
+    """
+    if request.store is None:
+        return None
+    bases, name = open_store(request.options.store).bases, request.name
+    if name not in bases:
+        return None
+    problem = fault(bases, name)
+    if problem is not None and (request.options.overwrite or not _opens(bases, name)):
+        return None
+    basis = bases.open(name)
+    differences = _differences(request, basis)
+    if problem is not None and (not differences or _covers(basis, request, differences)):
+        return None
+    if request.options.overwrite:
+        if not differences and basis.status != "complete":
+            return basis
+        pending = bases.pending(name)
+        return pending if pending is not None and not _differences(request, pending) else None
+    if _covers(basis, request, differences):
+        return basis
+    if differences:
+        raise StoreError(
+            f"{request.options.store} holds a basis {name!r} with other options ({'; '.join(differences)}): "
+            "give this one another --name, or replace it with --overwrite"
+        )
+    return basis
+
+
+def problem_of(request: Request) -> str | None:
+    """Why the basis of that name is to be made anew although it is there."""
+    bases = None if request.store is None else open_store(request.options.store).bases
+    return None if bases is None or request.name not in bases else fault(bases, request.name)
+
+
+def _opens(bases: Bases, name: str) -> bool:
+    try:
+        bases.open(name)
+    except StoreError:
+        return False
+    return True
+
+
+def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:
+    """Whether a complete basis has every direction asked for and differs in nothing else: a slice of it is that one."""
+    only_rank = len(differences) == 1 and differences[0].startswith("rank:")
+    enough = all(min(request.method.rank, *record.shape) <= record.rank for record in basis.layers.values())
+    return basis.status == "complete" and only_rank and enough
+
+
+def made_already(request: Request) -> str:
+    """The line for a basis that is there already."""
+    basis = open_store(request.options.store).bases[request.name]
+    asked, rank = request.method.rank, basis.rank
+    if basis.method["rank"] == asked:
+        return f"basis {request.name!r} is complete and was made with the same options: nothing to do"
+    if asked >= rank:
+        return f"basis {request.name!r} is there already with every direction of its layers, up to {rank}"
+    return f"basis {request.name!r} is there already at rank {rank}: any rank up to {rank} is a slice of it"
+
+
+def is_made(request: Request) -> bool:
+    """Whether the basis is there, complete and of the same options, from weights that have not been touched since."""
+    basis = same_basis(request)
+    if basis is None or basis.status != "complete" or request.options.overwrite:
+        return False
+    assert request.store is not None
+    if request.model_id is None:
+        modules = dict(request.options.model.named_modules())  # type: ignore[union-attr]
+        return all(layer in modules and _is_of(basis, layer, modules[layer]) for layer in basis.layers)
+    if request.model_id != request.store.model["id"]:
+        return False
+    stamp = loading.checkpoint_stamp(request.model_id, None)
+    return stamp is not None and stamp == (request.store.attrs.get("run") or {}).get("files")
+
+
+def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, nn.Module]) -> None:
+    """StoreError if a complete basis was made from other weights than the modules have."""
+    for layer in basis.layers:
+        if layer not in modules or not _is_of(basis, layer, modules[layer]):
+            raise StoreError(
+                f"basis {request.name!r} was made from other weights of {layer} than the model has now: "
+                "give this one another --name, or replace it with --overwrite"
+            )
+
+
+def _is_of(basis: BasisSet, layer: str, module: nn.Module) -> bool:
+    return basis.layers[layer].weight_hash == weight_hash(weight_matrix(module))
+
+
+def _differences(request: Request, basis: BasisSet) -> list[str]:
+    """How the way a basis was made differs from the request."""
+    if request.model_id is None:
+        of_basis, asked = basis.model.get("config_hash"), loading.model_hash(request.options.model)  # type: ignore[arg-type]
+    else:
+        of_basis, asked = basis.model.get("id"), request.model_id
+    have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": of_basis}
+    wanted: dict[str, Any] = {**asdict(request.method), "dtype": request.options.dtype, "model": asked}
+    return [
+        f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
+    ]

@@ -1,0 +1,136 @@
+"""One basis in the making: what is there of it, where its arrays lie, how a layer's result is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import zarr
+from torch import Tensor, nn
+
+from ...errors import PrepError
+from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ...store import BasisWriter, LayerRecord, open_store
+from ...store.bases import LayerDone
+from ...store.format.schema import DTYPES
+from ..model import loading
+from ..numerics.methods import Method
+from ..numerics.whitening import WhitenedSVD, spectrum_size
+from ..options import BASIS_DTYPES
+from ..progress import say
+from .crossing import SAMPLE, to_cross
+from .existing import check_same_weights, made_already, problem_of, same_basis
+from .request import Request
+
+Shape = tuple[int, int]
+
+
+class Target:
+    """The basis of one request. `begin` on the process that writes, `open` on all, then `put` for every layer."""
+
+    def __init__(self, request: Request, net: nn.Module, modules: Mapping[str, nn.Module]):
+        self.name, self.request = request.name, request
+        self._net, self._modules = net, modules
+        self._shapes = {layer: layer_shape(module) for layer, module in modules.items()}
+        self._groups = groups_of(self._shapes, request.method)
+
+    @property
+    def bytes(self) -> int:
+        """What the basis takes on disk."""
+        return stored_bytes(self._groups, self.request.options.dtype)
+
+    def begin(self, quiet: bool) -> list[str] | None:
+        """Begin or find the basis, and list the layers to do; None where it is complete. For the lock's holder."""
+        request = self.request
+        basis = same_basis(request)
+        if basis is None:
+            problem = problem_of(request)
+            if problem is not None:
+                say(f"basis {self.name!r} is {problem}: made anew", quiet)
+            self._create()
+            return list(self._modules)
+        if basis.status == "complete":
+            check_same_weights(request, basis, self._modules)
+            say(made_already(request), quiet)
+            return None
+        say(f"basis {self.name!r}: resumed after {len(basis.layers)} of {len(basis.expected)} layers", quiet)
+        hashes = {layer: record.weight_hash for layer, record in basis.layers.items()}
+        return [
+            layer for layer, module in self._modules.items() if hashes.get(layer) != weight_hash(weight_matrix(module))
+        ]
+
+    def open(self, root: zarr.Group) -> BasisWriter:
+        """The writer of what was begun."""
+        self.writer = BasisWriter.resume(root, self.name)
+        return self.writer
+
+    def crossed(self) -> frozenset[str]:
+        """The layers whose record says what bases of the two parts of their tokens lose."""
+        request = self.request
+        return to_cross(request.layers or {}, request.method, SAMPLE) if request.moments is not None else frozenset()
+
+    def put(self, layer: str, W: Tensor, result: WhitenedSVD, crossed: dict[str, Any] | None) -> LayerDone:
+        """Store U and P of a layer with the weight W. crossed: for its record, if it was cross-fitted."""
+        shape = self._shapes[layer]
+        group = self._groups[shape]
+        record = replace(record_of(result, shape, group["layers"].index(layer), W), crossed=crossed)
+        U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
+        check_storable(layer, P, self.request.options.dtype)
+        return self.writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)
+
+    def _create(self) -> None:
+        request = self.request
+        BasisWriter.create(
+            open_store(request.options.store, "r+").root,
+            self.name,
+            method=asdict(request.method),
+            dtype=request.options.dtype,
+            model=loading.describe(self._net, request.model_id, request.revision),
+            groups=self._groups,
+        )
+
+
+def groups_of(shapes: Mapping[str, Shape], method: Method) -> dict[Shape, dict[str, Any]]:
+    """Layers by shape, with the rank and the length of the spectrum that all of one shape have."""
+    groups: dict[Shape, dict[str, Any]] = {}
+    for layer, shape in shapes.items():
+        rank = min(method.rank, *shape)
+        entry = groups.setdefault(shape, {"layers": [], "rank": rank, "spectrum": spectrum_size(shape, method)})
+        entry["layers"].append(layer)
+    return groups
+
+
+def stored_bytes(groups: Mapping[Shape, dict[str, Any]], dtype: str) -> int:
+    """Bytes that a basis takes on disk."""
+    return sum(
+        len(g["layers"]) * (g["rank"] * (d_out + d_in) * BASIS_DTYPES[dtype] + 8 * (g["rank"] + g["spectrum"]))
+        for (d_out, d_in), g in groups.items()
+    )
+
+
+def check_storable(layer: str, P: Tensor, dtype: str) -> None:
+    """PrepError where a dtype has no room for P, as float16 for the weakest directions, whose S is small."""
+    largest, most = float(P.abs().max()), torch.finfo(DTYPES[dtype]).max
+    if not largest <= most:
+        raise PrepError(
+            f"{layer}: P has entries up to {largest:.0e}, {dtype} ends at {most:.0e}: store this basis with "
+            "--dtype float32 or bfloat16 (and --overwrite what is there)"
+        )
+
+
+def record_of(result: WhitenedSVD, shape: Shape, index: int, W: Tensor) -> LayerRecord:
+    """What the store records of a layer beside its arrays."""
+    return LayerRecord(
+        shape=shape,
+        index=index,
+        rank=len(result.S),
+        energy=float(result.energy),
+        tail=float(result.tail),
+        numerical_rank=int(result.numerical_rank),
+        solver=result.solver,
+        bound=float(result.bound),
+        weight_hash=weight_hash(W),
+        weight_dtype=dtype_name(W.dtype),
+    )

@@ -1,0 +1,451 @@
+"""What reading, pool, push, pull, info and verify say of stores that they refuse: one table of sentences per verb."""
+
+import json
+import shutil
+from pathlib import Path
+
+import messages
+import pytest
+import tiny
+import torch
+from stores import flip
+
+import prep
+from prep.preprocess.verify import verify
+from prep.store import open_store
+from prep.store.format.schema import put_attributes, sealed
+from prep.store.info import info
+from prep.store.lock import writer_lock
+from prep.store.pool import pool
+from prep.store.transfer import pull, push
+
+DOWN = "model.layers.1.mlp.down_proj"
+MEAN = f"moments/{DOWN}/mean"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Stores of one model and two texts, `a` and `b`, stores that differ from them, and damaged copies of `a`."""
+    path = tmp_path_factory.mktemp("messages")
+    model = tiny.save(tiny.llama(), path / "model")
+    for seed, name in enumerate("ab"):
+        tiny.write_data(path / f"{name}.jsonl", tiny.texts(60, seed=seed))
+    other = tiny.llama()
+    with torch.no_grad():
+        other.get_submodule(DOWN).weight[0, 0] += 1
+    other, wide = tiny.save(other, path / "other"), tiny.save(tiny.llama(64), path / "wide")
+    run = {**tiny.RUN, "layers": "1"}
+    for name, net, data, options in (
+        ("a", model, "a", {}),
+        ("b", model, "b", {}),
+        ("weights", other, "b", {}),
+        ("shapes", wide, "b", {}),
+        ("halves", model, "b", {"dtype": "bfloat16"}),
+        ("layers", model, "b", {"layers": "0-1"}),
+        ("kinds", model, "b", {"moment": "diagonal"}),
+    ):
+        prep.covariance(net, str(path / f"{data}.jsonl"), store=path / name, **{**run, **options})
+    prep.decompose(path / "a", rank=4, quiet=True)
+    for name, change in DAMAGED.items():
+        change(shutil.copytree(path / "a", path / name))
+    (path / "folder").mkdir()
+    (path / "folder" / "precious").write_text("x")
+    (path / "file").write_text("x")
+    (path / "beside.lock").write_text("[metadata]\n")
+    push(path / "a", "memory://messages/a.zarr", overwrite=True)
+    return path
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def edited(name, change, seal=True):
+    """Change the attributes of a group, with or without a seal that fits."""
+
+    def edit(store):
+        file = store / name / "zarr.json"
+        document = json.loads(file.read_text())
+        change(document["attributes"])
+        if seal:
+            document["attributes"] = sealed(document["attributes"])
+        file.write_text(json.dumps(document))
+
+    return edit
+
+
+def incomplete(store):
+    root = open_store(store, "r+").root
+    put_attributes(root, {**root.attrs, "status": "incomplete"})
+
+
+def flipped(name):
+    def change(store):
+        (store / name).write_bytes(flip((store / name).read_bytes(), 5, 1))
+
+    return change
+
+
+def gone(name):
+    return lambda store: (store / name).unlink()
+
+
+def cut(name):
+    return lambda store: (store / name).write_text("{")
+
+
+def linked_out(store):
+    shutil.move(store / MEAN, store.parent / "victim")
+    (store / MEAN).symlink_to(store.parent / "victim")
+
+
+DAMAGED = {
+    "incomplete": incomplete,
+    "newer": edited("", lambda attrs: attrs.update(format_version=99)),
+    "edited": edited(f"moments/{DOWN}", lambda attrs: attrs.update(count=7), seal=False),
+    "no-chunk": gone(f"{MEAN}/c/0"),
+    "bad-chunk": flipped(f"{MEAN}/c/0"),
+    "bad-basis": flipped("bases/full/32x48/S/c/0/0"),
+    "no-array": cut(f"{MEAN}/zarr.json"),
+    "no-site": cut(f"moments/{DOWN}/zarr.json"),
+    "no-moments": cut("moments/zarr.json"),
+    "no-basis": cut("bases/full/zarr.json"),
+    "no-root": cut("zarr.json"),
+    "linked": linked_out,
+    "stray": lambda store: (store / "bases" / "full" / "notes.txt").write_text("x"),
+    "two-damages": lambda store: [flipped(f"{MEAN}/c/0")(store), flipped("bases/full/32x48/S/c/0/0")(store)],
+}
+
+
+def mean(name):
+    return lambda: open_store(name).moments[DOWN].mean
+
+
+def locked():
+    with writer_lock("a"), writer_lock("a"):
+        pass
+
+
+def beside_a_strangers_lock():
+    with writer_lock("beside"):
+        pass
+
+
+READ = {
+    "no store": (
+        lambda: open_store("none"),
+        "no store at none: run `prep covariance --model X --data Y` first, or name one with --store",
+    ),
+    "a file": (lambda: open_store("file"), "file is a file and not a prep store: name another --store"),
+    "a folder": (lambda: open_store("folder"), "folder is not a prep store: name another --store"),
+    "no scheme that there is": (
+        lambda: open_store("gopher://x/prep.zarr"),
+        "gopher://x/prep.zarr cannot be opened (Protocol not known: gopher): write it like s3://bucket/prep.zarr",
+    ),
+    "a newer format": (
+        lambda: open_store("newer"),
+        "newer has the format version 99, this prep-bases reads up to 1: upgrade prep-bases",
+    ),
+    "a damaged root": (
+        lambda: open_store("no-root"),
+        "no-root cannot be opened as a store (...): name another --store",
+    ),
+    "moments of an incomplete store": (
+        lambda: open_store("incomplete").moments,
+        "incomplete is not complete: run the same `prep covariance` command again",
+    ),
+    "a layer without moments": (
+        lambda: open_store("a").moments["lm_head"],
+        "the store has no moments of lm_head; `prep info` lists its layers",
+    ),
+    "a basis that is not there": (
+        lambda: open_store("a").bases["full-p1-bottom"],
+        "the store has no basis 'full-p1-bottom' (it has: full): make it with `prep decompose --power 1 --select "
+        "bottom`",
+    ),
+    "a layer that the basis lacks": (
+        lambda: open_store("a").bases["full"]["lm_head"],
+        "basis 'full' does not hold the layer lm_head; `prep info` lists its layers",
+    ),
+    "a missing chunk": (
+        mean("no-chunk"),
+        "file://no-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) is missing: restore the store "
+        "from a copy",
+    ),
+    "a flipped bit": (
+        mean("bad-chunk"),
+        "file://bad-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) does not match its checksum: "
+        "restore the store from a copy",
+    ),
+    "an array without metadata": (
+        mean("no-array"),
+        "file://no-array/moments/model.layers.1.mlp.down_proj/mean is missing or its metadata is damaged: "
+        "restore the store from a copy",
+    ),
+    "a site without metadata": (
+        mean("no-site"),
+        "the moments of model.layers.1.mlp.down_proj are missing or damaged: restore the store from a copy",
+    ),
+    "an edited attribute": (
+        mean("edited"),
+        "file://edited/moments/model.layers.1.mlp.down_proj has attributes that do not match their hash: restore "
+        "it from a copy",
+    ),
+    "moments without metadata": (
+        mean("no-moments"),
+        "no-moments/moments is missing or damaged: restore the store from a copy",
+    ),
+    "a basis without metadata": (
+        lambda: open_store("no-basis").bases["full"],
+        "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`",
+    ),
+    "a flipped bit of a basis": (
+        lambda: open_store("bad-basis").bases["full"].read(),
+        "file://bad-basis/bases/full/32x48/S (chunk c/0/0) does not match its checksum: restore the store from a copy",
+    ),
+    "writing through a link": (
+        lambda: open_store("linked", "r+"),
+        ".../linked/moments/model.layers.1.mlp.down_proj/mean is a link out of the store, to .../victim: put a "
+        "copy of that in its place",
+    ),
+    "two writers": (locked, "a is being written by process ... on ... for ... s: wait for it, or --break-lock"),
+    "somebody else's lock": (
+        beside_a_strangers_lock,
+        ".../beside.lock is not a lock of prep: move it elsewhere, or name another --store",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", READ)
+def test_read(here, asked):
+    messages.check(*READ[asked])
+
+
+def pooled(*parts, store="c", **options):
+    return lambda: pool(parts, store=store, **options)
+
+
+POOL = {
+    "one part": (pooled("a"), "1 store to pool: name two or more"),
+    "too few weights": (pooled("a", "b", weights=[1.0]), "--weights 1: give 2 positive numbers"),
+    "a negative weight": (pooled("a", "b", weights=[1.0, -1.0]), "--weights 1,-1: give 2 positive numbers"),
+    "an infinite weight": (pooled("a", "b", weights=[1.0, float("inf")]), "--weights 1,inf: give 2 positive numbers"),
+    "no such part": (
+        pooled("a", "none"),
+        "no store at none: run `prep covariance --model X --data Y` first, or name one with --store",
+    ),
+    "into a part": (
+        pooled("a", "b", store="./a", overwrite=True),
+        "--store ./a is one of the parts, or lies in a, or holds it: name a new one",
+    ),
+    "into a URL": (
+        pooled("a", "b", store="memory://pooled"),
+        "--store memory://pooled is a URL: pool into a path and copy it with `prep push`",
+    ),
+    "over another store": (
+        pooled("a", "b", store="kinds"),
+        "kinds holds something else: name another --store, or replace it with --overwrite",
+    ),
+    "over a folder": (
+        pooled("a", "b", store="folder", overwrite=True),
+        "folder is not a prep store: name another --store",
+    ),
+    "other weights": (
+        pooled("a", "weights"),
+        "a and weights differ in the weight_hash of model.layers.1.mlp.down_proj (... and ...): they cannot be pooled",
+    ),
+    "other shapes": (
+        pooled("a", "shapes"),
+        "a and shapes differ in the model's config_hash (... and ...): they cannot be pooled",
+    ),
+    "another dtype": (
+        pooled("a", "halves"),
+        "a and halves differ in the model's dtype (float32 and bfloat16): they cannot be pooled",
+    ),
+    "other layers": (
+        pooled("a", "layers"),
+        "a and layers differ in their layers: only one has model.layers.0.self_attn.q_proj (7 layers and 14): "
+        "they cannot be pooled",
+    ),
+    "another kind": (
+        pooled("a", "kinds"),
+        "a and kinds differ in the moment kind of model.layers.1.self_attn.q_proj (full and diagonal): they "
+        "cannot be pooled",
+    ),
+    "a damaged part": (
+        pooled("b", "no-chunk"),
+        "file://no-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) is missing: restore the store "
+        "from a copy",
+    ),
+    "an incomplete part": (
+        pooled("b", "incomplete"),
+        "incomplete is not complete: run the same `prep covariance` command again",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", POOL)
+def test_pool(here, asked):
+    messages.check(*POOL[asked])
+
+
+COPY = {
+    "push to no URL": (lambda: push("a", "elsewhere"), "elsewhere is no URL: write it like s3://bucket/prep.zarr"),
+    "push over a store at a URL": (
+        lambda: push("b", "memory://messages/a.zarr"),
+        "memory://messages/a.zarr holds something already: name another URL, or replace it with --overwrite",
+    ),
+    "push over a store at a file URL": (
+        lambda: push("b", Path("a").absolute().as_uri()),
+        "file://.../a exists already: name another URL, or replace it with --overwrite",
+    ),
+    "push onto itself": (
+        lambda: push("a", Path("a").absolute().as_uri(), overwrite=True),
+        "file://.../a and a are one place, or one lies in the other: name another target",
+    ),
+    "push a URL onto itself": (
+        lambda: push("memory://messages/a.zarr", "memory:///messages/a.zarr", overwrite=True),
+        "memory:///messages/a.zarr is the store that is to be copied: name another URL",
+    ),
+    "push an incomplete store": (
+        lambda: push("incomplete", "memory://messages/b.zarr"),
+        "incomplete is not complete: run the same `prep covariance` command again",
+    ),
+    "push a damaged store": (
+        lambda: push("bad-chunk", "memory://messages/b.zarr"),
+        "bad-chunk is damaged: moments/model.layers.1.mlp.down_proj/mean: "
+        "file://bad-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) does not match its checksum: "
+        "restore the store from a copy",
+    ),
+    "push a store of two damages": (
+        lambda: push("two-damages", "memory://messages/b.zarr"),
+        "two-damages is damaged: moments/model.layers.1.mlp.down_proj/mean: "
+        "file://two-damages/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) does not match its checksum: "
+        "restore the store from a copy (2 such findings)",
+    ),
+    "push to the web": (
+        lambda: push("a", "http://127.0.0.1:9/c.zarr"),
+        "<FsspecStore(HTTPFileSystem, http://127.0.0.1:9/c.zarr)>/zarr.json cannot be read (...): check path, "
+        "permission and connection",
+    ),
+    "push to another host": (
+        lambda: push("a", "file://elsewhere/c.zarr"),
+        "file://elsewhere/c.zarr names the host 'elsewhere': write it like file:///path/prep.zarr",
+    ),
+    "pull into a URL": (
+        lambda: pull("a", "memory://c.zarr"),
+        "--store memory://c.zarr is a URL: pull into a path, and copy that with `prep push`",
+    ),
+    "pull over a store": (
+        lambda: pull("memory://messages/a.zarr", "b"),
+        "b exists already: name another --store, or replace it with --overwrite",
+    ),
+    "pull over a folder": (
+        lambda: pull("memory://messages/a.zarr", "folder", overwrite=True),
+        "folder is not a prep store: name another --store",
+    ),
+    "pull into itself": (
+        lambda: pull("a", "a/inner"),
+        "a/inner and a are one place, or one lies in the other: name another target",
+    ),
+    "pull a damaged store": (
+        lambda: pull("no-chunk", "c"),
+        "no-chunk/moments/model.layers.1.mlp.down_proj/mean/c/0 is missing: restore the store from a copy",
+    ),
+    "pull from nowhere": (
+        lambda: pull("memory://messages/none", "c"),
+        "no store at memory://messages/none: run `prep covariance --model X --data Y` first, or name one with --store",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", COPY)
+def test_push_and_pull(here, asked):
+    messages.check(*COPY[asked])
+
+
+INFO = {
+    "no store": (
+        lambda: info(open_store("none")),
+        "no store at none: run `prep covariance --model X --data Y` first, or name one with --store",
+    ),
+    "moments without metadata": (
+        lambda: info(open_store("no-moments")),
+        "no-moments/moments is missing or damaged: restore the store from a copy",
+    ),
+    "a site without metadata": (
+        lambda: info(open_store("no-site")),
+        "the moments of model.layers.1.mlp.down_proj are missing or damaged: restore the store from a copy",
+    ),
+    "a basis without metadata": (
+        lambda: info(open_store("no-basis")),
+        "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", INFO)
+def test_info(here, asked):
+    messages.check(*INFO[asked])
+
+
+# what `prep verify` finds in them: where, and the sentence
+COPY_IT = "restore the store from a copy"
+VERIFY = {
+    "a": [],
+    "incomplete": [("moments", "incomplete is not complete: run the same `prep covariance` command again")],
+    "edited": [
+        (
+            f"moments/{DOWN}",
+            f"file://edited/moments/{DOWN} has attributes that do not match their hash: restore it from a copy",
+        )
+    ],
+    "no-chunk": [(MEAN, f"file://no-chunk/{MEAN} (chunk c/0) is missing: {COPY_IT}")],
+    "bad-chunk": [(MEAN, f"file://bad-chunk/{MEAN} (chunk c/0) does not match its checksum: {COPY_IT}")],
+    "no-array": [(MEAN, f"file://no-array/{MEAN} is missing or its metadata is damaged: {COPY_IT}")],
+    "no-site": [(f"moments/{DOWN}", f"the moments of {DOWN} are missing or damaged: {COPY_IT}")],
+    "no-moments": [("moments", f"no-moments/moments is missing or damaged: {COPY_IT}")],
+    "no-basis": [("bases/full", "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`")],
+    "two-damages": [
+        (MEAN, f"file://two-damages/{MEAN} (chunk c/0) does not match its checksum: {COPY_IT}"),
+        (
+            f"bases/full: {DOWN}",
+            f"file://two-damages/bases/full/32x48/S (chunk c/0/0) does not match its checksum: {COPY_IT}",
+        ),
+    ],
+    "stray": [
+        (
+            "bases/full/notes.txt",
+            "does not belong to the store: an interrupted or foreign writer left it; remove it",
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("name", VERIFY)
+def test_verify(here, name):
+    assert [(finding.where, finding.problem) for finding in verify(name).findings] == VERIFY[name]
+
+
+WHOLE = {
+    "no store": (
+        lambda: verify("none"),
+        "no store at none: run `prep covariance --model X --data Y` first, or name one with --store",
+    ),
+    "a newer format": (
+        lambda: verify("newer"),
+        "newer has the format version 99, this prep-bases reads up to 1: upgrade prep-bases",
+    ),
+    "a damaged root": (lambda: verify("no-root"), "no-root cannot be opened as a store (...): name another --store"),
+    "no such model": (
+        lambda: verify("a", model="./none"),
+        "no model at ./none: give a directory with config.json or a hub id",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", WHOLE)
+def test_verify_refuses(here, asked):
+    messages.check(*WHOLE[asked])
