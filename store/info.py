@@ -39,7 +39,8 @@ def info(store: Store) -> dict[str, Any]:
         bases[name] = _basis(basis)
     for group in groups.values():
         group["energy"] = {name: statistics.median(values) for name, values in group["energy"].items()}
-    tokens = (store.corpus or {}).get("tokens", 0)
+    removed = store.attrs.get("removed") or {}
+    tokens = (store.corpus or removed.get("corpus") or {}).get("tokens", 0)
     return {
         "store": store.location,
         "status": store.status,
@@ -48,7 +49,7 @@ def info(store: Store) -> dict[str, Any]:
         "bytes": _stored_bytes(store.root),
         "model": store.model,
         "corpus": store.corpus,
-        "removed": store.attrs.get("removed"),
+        "removed": removed or None,
         "moments": summary,
         "bases": bases,
         "advice": advice(tokens, [basis.get("excess") for basis in bases.values()]),

@@ -1,6 +1,7 @@
 """`prep evaluate` against both weights run on the very tokens, and the halves that a calibration keeps."""
 
 import json
+import shutil
 import statistics
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from families import FAMILIES, build
 
 import prep
 from prep import Interrupted, PrepError, StoreError
@@ -100,7 +100,7 @@ def test_every_row_against_the_tokens(stores, kind, on):
 
 def test_experts(tmp_path):
     """Each projection of each expert on the tokens that were routed to it; a half without tokens has no excess."""
-    model = build(FAMILIES["Mixtral"]).double()
+    model = tiny.model("Mixtral", dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, tiny.SIZE, (2, 12), generator=generator) for _ in range(6)]
     prep.covariance(model, batches=batches, store=tmp_path / "s", quiet=True)
@@ -270,6 +270,9 @@ def test_info_shows_the_excess_and_says_what_to_do(stores, place, tmp_path):
     assert header.split()[-3:] == ["excess", "dtype", "MB"]
     without = prep.covariance(str(place / "model"), str(place / "a.jsonl"), store=tmp_path / "s", halves=False, **RUN)
     prep.decompose(tmp_path / "s", rank=4, quiet=True)
+    assert describe(open_store(prep.remove(shutil.copytree(stores / "full", tmp_path / "r"), moments=True).location))[
+        "advice"
+    ].startswith("384 tokens: ")
     facts = describe(open_store(without.location))
     assert facts["advice"] is None and facts["bases"]["full"]["excess"] is None
 
