@@ -55,9 +55,10 @@ class Text:
         self.corpus, self.batch_size, self._first = corpus, batch_size, first
         self.options = {"batch_size": batch_size}
         self.total = sum(map(len, corpus.sequences[first:]))
-        self.count = -(-(len(corpus.sequences) - first) // batch_size)
-        middle = -(-len(corpus.sequences) // batch_size) // 2 * batch_size
-        self.half = max(0, middle - first) // batch_size
+        size = max(batch_size, 1)  # `batches` refuses a smaller one
+        self.count = -(-(len(corpus.sequences) - first) // size)
+        middle = -(-len(corpus.sequences) // size) // 2 * size
+        self.half = max(0, middle - first) // size
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
         if corpus.mixture:
             self.about["mixture"] = list(corpus.mixture)
