@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .preprocess.evaluate import evaluate as evaluate
     from .preprocess.verify import verify as verify
     from .store import open_store as open_store
+    from .store.info import info as info
     from .store.pool import pool as pool
     from .store.remove import remove as remove
     from .store.transfer import pull as pull
@@ -52,6 +53,7 @@ _EXPORTS = {
     "testing": ".adapters.testing",
     "peft": ".adapters.peft",
     "export": ".adapters.peft.export",
+    "info": ".store.info",
     "verify": ".preprocess.verify",
     "pool": ".store.pool",
     "remove": ".store.remove",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,6 +13,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .commands import store_option
 from .errors import Interrupted, PrepError
 from .preprocess.numerics.methods import PUBLISHED, SELECTIONS, SOLVERS
 from .preprocess.options import (
@@ -60,7 +59,7 @@ def main() -> None:
     prep decompose                         their whitened SVD bases
     prep info                              what the store holds
     """
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line of an error
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would bury the one line of an error
     # read when torch loads: its idle threads sleep, and leave the cores to those of products.py and workers.py
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -199,7 +198,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     _say(quiet, f"{store}: {len(moments)} layers, {len(moments.sites)} sites, {tokens:,} tokens")
     for line in skipped_lines(moments.skipped):
         _say(quiet, f"skipped {line}")
-    _say(quiet, f"next: prep decompose{_store_option(store)}")
+    _say(quiet, f"next: prep decompose{store_option(store)}")
 
 
 @main.command(short_help="Whitened SVD bases of every layer.")
@@ -251,7 +250,7 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
         return
     for basis in {basis.name: basis for basis in (bases if isinstance(bases, list) else [bases])}.values():
         _say_basis(store, quiet, basis)
-    _say(quiet, f"next: prep info{_store_option(store)}")
+    _say(quiet, f"next: prep info{store_option(store)}")
 
 
 def _say_basis(store: str, quiet: bool, basis: Any) -> None:
@@ -312,11 +311,10 @@ def evaluate(store: str, quiet: bool, as_json: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def info(store: str, quiet: bool, as_json: bool) -> None:
     """Show what a store holds: model, corpus, moments, bases."""
-    from .store import open_store
-    from .store.info import info as describe
+    from .store.info import info as run
     from .store.info import table
 
-    facts = describe(open_store(store))
+    facts = run(store)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -329,7 +327,7 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
     elif trainable:
         _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
     else:
-        _say(quiet, f"next: prep decompose{_store_option(store)}")
+        _say(quiet, f"next: prep decompose{store_option(store)}")
 
 
 @main.command(short_help="A basis or moments as files that PEFT reads.")
@@ -427,7 +425,7 @@ def pool(parts: tuple[str, ...], store: str, quiet: bool, weights: str | None, *
     pooled = run(parts, store=store, weights=numbers, **options)
     tokens = pooled.corpus["tokens"] if pooled.corpus else 0
     _say(quiet, f"{store}: {len(pooled.moments)} layers, {tokens:,} tokens of {len(parts)} stores")
-    _say(quiet, f"next: prep decompose{_store_option(store)}")
+    _say(quiet, f"next: prep decompose{store_option(store)}")
 
 
 @main.command(short_help="Copy a store to a URL.")
@@ -454,11 +452,7 @@ def pull(url: str, store: str, quiet: bool, **options: Any) -> None:
 
     run(url, store, **options)
     _say(quiet, f"{store}: whole")
-    _say(quiet, f"next: prep info{_store_option(store)}")
-
-
-def _store_option(store: str) -> str:
-    return "" if store == "prep.zarr" else f" --store {shlex.quote(store)}"
+    _say(quiet, f"next: prep info{store_option(store)}")
 
 
 def _say(quiet: bool, line: str) -> None:

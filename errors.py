@@ -1,5 +1,9 @@
 """The errors a user can act on: one line that says what is wrong, where, and what to do."""
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class PrepError(Exception):
     """Bad input or a failed check; the message is one line. silent: another process of the job prints it."""
@@ -21,3 +25,14 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signal: int, silent: bool = False):
         super().__init__(message)
         self.exit_code, self.silent = 128 + signal, silent
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` with the nearest known word, or one that ends with this one; nothing where none is near.
+
+    Digits are meant as they are: neither another number nor another size is a slip of the pen.
+    """
+    words, digits = list(known), re.sub(r"\D", "", word)
+    alike = [other for other in words if re.sub(r"\D", "", other) == digits]
+    meant = get_close_matches(word, alike, 1, 0.7) or [other for other in words if word and other.endswith(f".{word}")]
+    return f" (did you mean {meant[0]!r}?)" if meant else ""

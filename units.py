@@ -14,7 +14,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 def parse_size(size: int | float | str) -> int:
     """Bytes from "8GB" (10^9), "8GiB" (2^30) or "1e9", or from a number. PrepError for anything else.
 
-    A bare number below 1000 is refused: nobody means 8 bytes.
+    A bare number below 1000, as text or not, is refused: nobody means 8 bytes.
     """
     match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size).lower())
     try:
@@ -22,7 +22,7 @@ def parse_size(size: int | float | str) -> int:
         number = int(float(match[1]) * base ** " kmgt".index(match[2] or " ")) if match else 0
     except ValueError:
         number = 0
-    if number <= 0 or (isinstance(size, str) and size.strip().isdigit() and number < 1000):
+    if number <= 0 or (number < 1000 and re.fullmatch(r"[\s\d.]+", str(size))):
         raise PrepError(f"{size!r} is not a size: write it like 8GB, 8GiB or 500MB")
     return number
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PrepError
+from ..errors import PrepError, did_you_mean
 from ..linear import is_conv1d, is_plain, layer_shape
 from ..store import Store, open_store
 from .adapter import Adapter, Origin, find_adapter
@@ -37,11 +37,11 @@ def attach(
 ) -> Adapter:
     """Adapt the model's layers with a core on a stored basis; only the core's parameters are left trainable.
 
-    core: gain, rotation, ablation, dplr, arrow or dense, or your own Core class, with its `options` beside it; or an
-    instance. rank: a slice of the stored one, clipped per layer; all of it by default. layers: a regular expression
-    searched in layer names. verify: check that the basis was made from this model's weights, on a GPU by a
-    probe; "hash" compares hashes there, too. Call it before DDP or `fully_shard`. `**VARIANTS[name]` gives the
-    arguments of a published adapter.
+    store: its path, URL, or the opened store. core: gain, rotation, ablation, dplr, arrow or dense, or your own Core
+    class, with its `options` beside it; or an instance. basis: its name in the store. rank: a slice of the stored one,
+    clipped per layer; all of it by default. layers: a regular expression searched in layer names. verify: check that
+    the basis was made from this model's weights, on a GPU by a probe; "hash" compares hashes there, too. Call it before
+    DDP or `fully_shard`. `**VARIANTS[name]` gives the arguments of a published adapter.
 
     All or nothing: PrepError or StoreError leaves the model as it was. Nothing is decomposed here.
     """
@@ -81,7 +81,8 @@ def make_core(core: str | type[Core] | Core, options: dict[str, Any]) -> Core:
         return core
     cls = CORES.get(core) if isinstance(core, str) else core
     if not (isinstance(cls, type) and issubclass(cls, Core)):
-        raise PrepError(f"no core {core!r}: choose from {', '.join(CORES)}, or give a Core of your own")
+        meant = did_you_mean(core, CORES) if isinstance(core, str) else ""
+        raise PrepError(f"no core {core!r}: choose from {', '.join(CORES)}, or give a Core of your own{meant}")
     return cls(**options)
 
 
@@ -163,7 +164,7 @@ def install(
 
 
 def detach(model: nn.Module) -> None:
-    """Remove the adapter: modules, weights and `requires_grad` are exactly as before `attach`, merged or not."""
+    """Remove the adapter of `model`, merged or not: modules, weights and `requires_grad` are as before `attach`."""
     owner, adapter = find_adapter(model)
     if adapter.originals:
         unmerge(model)
@@ -201,7 +202,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the original weights, bitwise, and the adapter beside them. PrepError if it is not merged."""
+    """Undo `merge(model)`: the original weights, bitwise, and the adapter beside them. PrepError if not merged."""
     owner, adapter = find_adapter(model)
     if not adapter.originals:
         raise PrepError("the adapter is not merged")

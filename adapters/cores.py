@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import PrepError
+from ..errors import PrepError, did_you_mean
 from .coefficient import Coefficient
 
 
@@ -35,7 +35,8 @@ class Core(nn.Module):
         for name, value in options.items():
             if name not in defaults:
                 known = ", ".join(f"{key}={default!r}" for key, default in defaults.items()) or "none"
-                raise PrepError(f"the core {type(self).__name__} has no option {name!r} (it has: {known})")
+                meant = did_you_mean(name, defaults)
+                raise PrepError(f"the core {type(self).__name__} has no option {name!r} (it has: {known}){meant}")
             kind = type(defaults[name])
             value = float(value) if kind is float and type(value) is int else value
             if defaults[name] is not None and type(value) is not kind:

@@ -5,7 +5,7 @@ layers {name: {shape, rank, weight_hash, weight_dtype}} and a checksum of all th
 """
 
 import json
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from ..store.format.untrusted import Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core
+from .files import written
 
 FORMAT_VERSION = 1
+BIG = 10_000_000  # bytes of a stored basis from which on it is said that it can be left out
+_log = logging.getLogger(__name__)
 _HEADER = {
     "format_version": int,
     "core": {"name": Word, "builtin": bool, "options": dict},
@@ -36,7 +39,9 @@ _HEADER = {
 def save(model: nn.Module, path: str | Path, embed_basis: bool = True) -> None:
     """Write the model's adapter: self-contained, or without the basis and with a reference to it.
 
-    A sharded model is gathered: call it on every rank, rank 0 writes. PrepError if the model has no adapter.
+    model: one that `attach` or `load` has adapted. path: of the file, replaced when the new one is whole. embed_basis:
+    U, S and P are most of a file, often over 99 %; with False it holds the trained core alone, and `load` is given the
+    store. A sharded model is gathered: call it on every rank, rank 0 writes. PrepError if the model has no adapter.
     """
     _, adapter = find_adapter(model)
     tensors: dict[str, Tensor] = {}
@@ -50,13 +55,18 @@ def save(model: nn.Module, path: str | Path, embed_basis: bool = True) -> None:
         return
     header = _header(adapter, embed_basis)
     header["checksum"] = _checksum(header, whole)
-    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
-        save_file(whole, partial, metadata={"format": "pt", "prep": json.dumps(header)})
-        os.replace(partial, path)
+        with written(Path(path)) as partial:
+            save_file(whole, partial, metadata={"format": "pt", "prep": json.dumps(header)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise PrepError(f"cannot write {path}: {error}") from error
+    sizes = [sum(value.nbytes for key, value in whole.items() if (".core." in key) == core) for core in (True, False)]
+    if sizes[1] > max(BIG, 10 * sizes[0]):
+        _log.warning(
+            "%s: %.1f MB, of which %.2f MB were trained; prep.save(..., embed_basis=False) writes these alone, and "
+            "prep.load then needs the store",
+            *(path, sum(sizes) / 1e6, sizes[0] / 1e6),
+        )
 
 
 def load(
@@ -67,7 +77,7 @@ def load(
     store: str | Path | Store | None = None,
     verify: bool | str = True,
 ) -> Adapter:
-    """Adapt the model as `save` wrote it. Strict: every layer, shape, parameter and base weight must agree.
+    """Adapt the model as `save` wrote it to `path`. Strict: every layer, shape, parameter and base weight must agree.
 
     core: the class of a user's own core; nothing is imported by a name that the file gives. store: where the basis is,
     if the file holds only a reference to it. verify: check the base weights, as in `attach`.

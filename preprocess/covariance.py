@@ -31,8 +31,8 @@ from .progress import say
 
 
 def covariance(
-    model: str | nn.Module,
-    data: str | Sequence[str] | Mapping[str, float] | None = None,
+    model: str | Path | nn.Module,
+    data: str | Path | Sequence[str] | Mapping[str, float] | None = None,
     *,
     batches: Iterable[Any] | None = None,
     mask: Mask | None = None,
@@ -74,13 +74,23 @@ def covariance(
 ) -> Store | Estimate | None:
     """Calibrate `model` on `data` (file, glob or hub id) into `store`; the options are the command's.
 
-    data: of several, in a list or a dictionary with weights, {"a.jsonl": 2, "b.jsonl": 1}, sequences are taken in
-    proportion (see corpus/mixture.py); the options of text are of all of them.
-
-    model: a path or hub id, or a module, which is calibrated on `batches`: an iterable of dictionaries, tuples or
-    tensors that it is called with. mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's
-    `attention_mask`. The options from `subset` to `seed` are of `data`, those of loading of a path or hub id.
-    device_map, max_memory: parts of the model on several devices or on disk (see model/placement.py).
+    model: a path or hub id, or a module, which is calibrated on `batches`.
+    data: a hub id, a .jsonl .json .parquet .csv .txt file (.gz, .zst too), or a glob of files. Of several, in a list or
+    a dictionary with weights, {"a.jsonl": 2, "b.jsonl": 1}, sequences are taken in proportion (see corpus/mixture.py).
+    batches: instead of `data`, an iterable of dictionaries, tuples or tensors that the model is called with.
+    mask: batch -> (B, T), True on real tokens, or None; by default a dictionary's `attention_mask`.
+    store: the path to write to.
+    revision: of the model on the hub. trust_remote_code: run code from the model's repository.
+    subset, split: configuration and split of a hub data set.
+    text_column: the column of text, by default `text` or the only one. template: text of several columns, such as
+    "{question}\\n{answer}". chat_column: a column of messages, written by the tokenizer's chat template.
+    num_sequences, seq_len, batch_size: how many sequences are read, of how many tokens, and how many at a time.
+    pack: join documents by the end token and cut them; False pads one document a sequence. seed: of their order.
+    targets, exclude: regular expressions of layer names, or lists of them. layers: block numbers, "0-3,8" or [0, 1].
+    moment: full E[x x^T], diagonal E[x_i^2], output E[y y^T] of y = W x, or auto: output where d_in > 2 d_out.
+    moment_dtype: of the stored moments. dtype: of the model, by name or as a torch.dtype.
+    device: of the model. device_map, max_memory: parts of it on several devices or on disk (see model/placement.py).
+    quiet: print errors only. break_lock: take a writer's lock that another machine has left behind.
 
     A complete store of the same run is returned as it is, an incomplete one is resumed. A complete one of fewer
     sequences goes on with the next ones and serves the old moments until it is done; bases made of these go then. One

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..store import BasisSet, open_store
+from ..store import BasisSet, Store, open_store
 from .decomposition.existing import not_made
 from .decomposition.job import Decomposition
 from .decomposition.request import basis_names, load_layers, open_requests
 from .distributed import World, joined
 from .options import DecomposeOptions
+from .progress import say
 
 
 def decompose(
-    store: str | Path = "prep.zarr",
+    store: str | Path | Store = "prep.zarr",
     *,
     for_: str | Sequence[str] | None = None,
     name: str | None = None,
@@ -33,7 +34,7 @@ def decompose(
     select: str | None = None,
     solver: str = "auto",
     dtype: str | torch.dtype = "float32",
-    model: str | nn.Module | None = None,
+    model: str | Path | nn.Module | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     break_lock: bool = False,
@@ -43,12 +44,23 @@ def decompose(
 ) -> BasisSet | list[BasisSet] | None:
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
 
-    for_: a published method (a row of PUBLISHED), whose metric, power, select and center are fixed. Of several methods,
-    in a list or joined by commas, the bases are made with one load of the model and one reading of each
-    moment, and returned as a list in their order; methods that share a basis return it alike. model: a path,
-    hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With metric
-    identity and `model`, no store need exist. A basis that is there with the same options is returned, an incomplete
-    one resumed; another one is refused, or with `overwrite` replaced when the new one is complete.
+    store: its path, URL, or the opened store.
+    for_: a published method, such as "corda_ipm" (a row of PUBLISHED), whose metric, power, select and center are
+    fixed. Of several, in a list or joined by commas, the bases are made with one load of the model and one reading of
+    each moment, and returned as a list in their order; methods that share a basis return it alike.
+    name: of the basis, by default made of metric, power and select.
+    metric: full, diagonal or identity: the SVD of W M with M = C^a, diag(C)^a or I. power: the a, by default 0.5.
+    damping: C + damping mean(diag C) I, by default 0.001. epsilon: C + epsilon I instead. center: C without the mean.
+    rank: directions to keep, clipped per layer. select: the top, the bottom, or those of the largest activation.
+    solver: exact, the float64 Gram route; svd, a float64 SVD of W M; randomized, within 1e-3 of the optimum; or auto.
+    dtype: of stored U and P, by name or as a torch.dtype.
+    model: a path, hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With
+    metric identity and `model`, no store need exist. revision: of `model` on the hub. trust_remote_code: run code from
+    its repository.
+    quiet: print errors only. break_lock: take a writer's lock that another machine has left behind.
+
+    A basis that is there with the same options is returned, an incomplete one resumed; another one is refused, or with
+    `overwrite` replaced when the new one is complete.
 
     distributed: every process of a torchrun job, or of an initialised torch.distributed, calls it alike, sees the store
     and takes some of the layers; rank 0 returns the basis, the others None.
@@ -73,5 +85,18 @@ def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[Basis
     if world.rank > 0:
         return None
     bases = open_store(options.store).bases
+    for basis in (bases[request.name] for request in todo if request.method.metric == "components"):
+        say(_reach(basis), options.quiet)
     made = [bases[name] for name in basis_names(options)]
     return made if options.several else made[0]
+
+
+def _reach(basis: BasisSet) -> str:
+    """How far an EVA basis reaches, whose ranks are redistributed when an adapter starts from it."""
+    held = basis.method["rank"]
+    if all(record.rank == min(record.shape) for record in basis.layers.values()):
+        return f"basis {basis.name} holds every component: an EVA start takes any r"
+    return (
+        f"basis {basis.name} holds {held} components: an EVA start redistributes ranks, for which r may be up to "
+        f"{held // 2} (rho 2), or {held} with rho 1"
+    )

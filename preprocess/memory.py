@@ -11,9 +11,13 @@ import torch
 
 
 def free_memory() -> int:
-    """Bytes of memory still available; half of all memory if the system does not tell."""
+    """Bytes of memory still available; half of all memory, or 4 GB, if the system does not tell."""
     told = _kilobytes("/proc/meminfo", "MemAvailable")
-    return 1024 * told if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if told:
+        return 1024 * told
+    if not hasattr(os, "sysconf"):  # Windows
+        return 4 * 10**9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def peak_memory() -> int:

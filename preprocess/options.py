@@ -5,6 +5,7 @@ Nothing heavy is imported, so that the command line starts at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,8 @@ class CovarianceOptions:
     sources: tuple[tuple[str, int], ...] = field(init=False)  # of `data`, with their weights
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", _uncompiled(self.model))
+        object.__setattr__(self, "model", _as_given(self.model))
+        object.__setattr__(self, "data", _as_given(self.data))
         object.__setattr__(self, "budget", parse_size(self.memory_budget))
         asked = self.device_memory
         given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
@@ -171,7 +173,8 @@ class DecomposeOptions:
     methods: tuple[str | None, ...] = field(init=False)  # of `for_`; None for that of the other options
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", _uncompiled(self.model))
+        object.__setattr__(self, "model", _as_given(self.model))
+        object.__setattr__(self, "store", getattr(self.store, "location", self.store))  # of an opened one
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))
         given = [self.for_] if isinstance(self.for_, str) else self.for_ or ()
@@ -188,9 +191,13 @@ class DecomposeOptions:
         return self.for_ is not None and (not isinstance(self.for_, str) or "," in self.for_)
 
 
-def _uncompiled(model: Any) -> Any:
-    """The module that `torch.compile` wrapped; anything else as it is."""
-    return getattr(model, "_orig_mod", model)
+def _as_given(value: Any) -> Any:
+    """Paths as text, also in a list or as keys, and the module that `torch.compile` wrapped; else the value."""
+    if isinstance(value, (list, tuple)):
+        return [_as_given(one) for one in value]
+    if isinstance(value, Mapping):
+        return {_as_given(name): weight for name, weight in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "_orig_mod", value)
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -1,4 +1,4 @@
-"""Long work shows itself: a bar with rate and time left on a terminal, plain log lines elsewhere."""
+"""Long work shows itself: a bar with rate and time left on a terminal or in a notebook, else plain log lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 _LINE_EVERY = 10.0  # seconds between log lines
 
@@ -18,10 +18,9 @@ class Progress:
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
         self.done = self._before = done
         self._begun = self._printed = time.monotonic()
-        terminal = sys.stderr.isatty() and not quiet
         self._bar = (
             tqdm(desc=label, total=total or None, initial=done, unit=f" {unit}", unit_scale=total >= 10_000)
-            if terminal
+            if (sys.stderr.isatty() or in_notebook()) and not quiet
             else None
         )
 
@@ -52,6 +51,12 @@ class Progress:
         of = f" of {self.total:,}" if self.total else ""
         share = f"{self.label}: {self.done:,}{of} {self.unit}"
         say(f"{share} in {seconds:.1f} s, {rate:,.0f} {self.unit}/s{left}", self.quiet)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", {})
 
 
 def say(message: str, quiet: bool = False) -> None:

@@ -7,6 +7,7 @@ differ in `run` alone.
 
 from __future__ import annotations
 
+import html
 import os
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,16 @@ class Store:
         self.location, self.root = location, root
 
     def __repr__(self) -> str:
-        return f"Store({self.location!r}, model={self.model['id']!r}, bases={list(self.bases)})"
+        tokens = (self.corpus or {}).get("tokens")
+        calibrated = "not calibrated" if tokens is None else f"{tokens:,} tokens"
+        return (
+            f"Store({self.location!r}, {self.status}, model={self.model['id']!r}, {calibrated}, "
+            f"bases={list(Bases(self.root))})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it was made of, and its bases."""
+        return f"<p><code>{html.escape(repr(self))}</code></p>{Bases(self.root)._repr_html_()}"
 
     @property
     def id(self) -> str:
@@ -90,7 +100,7 @@ class Store:
 
 
 def open_store(location: str | Path, mode: str = "r") -> Store:
-    """Open a store at a path or URL (mode "r", or "r+" to add to it). Reads one metadata file.
+    """Open the store at `location`, a path or URL (mode "r", or "r+" to add to it). Reads one metadata file.
 
     Raises StoreError where there is none, where it is not a prep store, where its format is newer and, with "r+", where
     a link in it leads out of it.

@@ -22,12 +22,14 @@ import zarr
 from torch import Tensor
 from zarr.storage import LocalStore
 
-from ..commands import decompose_command
+from ..commands import decompose_command, missing_basis
 from ..errors import StoreError
 from .basis import BasisSet, LayerRecord, Place, checksums, group_arrays, group_key
+from .display import html_table
 from .format import schema
 from .staging import one_line, remove_all, swap
 
+_COLUMNS = ("basis", "status", "metric", "power", "select", "rank", "layers")
 FLUSH_SECONDS = 1.0
 FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer
 
@@ -49,8 +51,7 @@ class Bases(Mapping[str, BasisSet]):
     def open(self, name: str) -> BasisSet:
         """The basis as it stands, complete or not."""
         if name not in self.names:
-            has = ", ".join(self.names) or "none"
-            raise StoreError(f"the store has no basis {name!r} (it has: {has}): make it with {decompose_command(name)}")
+            raise StoreError(missing_basis(name, self.names, schema.place_of(self.root)))
         try:
             try:
                 group = schema.child(self.root, f"bases/{name}")
@@ -58,7 +59,7 @@ class Bases(Mapping[str, BasisSet]):
                 group = schema.child(self.root, f"bases/{_old(name)}")
             return BasisSet(name, group)
         except (KeyError, TypeError, ValueError) as error:
-            again = decompose_command(name, overwrite=True)
+            again = decompose_command(name, overwrite=True, store=schema.place_of(self.root))
             raise StoreError(f"basis {name!r} is missing or damaged: make it anew with {again}") from error
 
     def pending(self, name: str) -> BasisSet | None:
@@ -71,6 +72,21 @@ class Bases(Mapping[str, BasisSet]):
             with contextlib.suppress(KeyError, TypeError, ValueError, StoreError):
                 return BasisSet(name, schema.child(self.root, f"bases/{_new(name)}"))
         return None
+
+    def __repr__(self) -> str:
+        return f"Bases({', '.join(self.names) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the method of every basis."""
+        return html_table(f"{len(self.names)} bases", _COLUMNS, (self._row(name) for name in self.names), len(self))
+
+    def _row(self, name: str) -> list[object]:
+        try:
+            basis = self.open(name)
+        except StoreError as error:
+            return [name, str(error)]
+        method = basis.method
+        return [name, basis.status, method["metric"], *(method.get(key, "") for key in _COLUMNS[3:6]), len(basis)]
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -221,7 +237,11 @@ def forget_basis(root: zarr.Group, name: str) -> None:
 
 
 def is_left(root: zarr.Group, name: str) -> bool:
-    """Whether a local store has a folder of a basis, listed or not."""
+    """Whether a local store has a folder of a basis, listed or not; no folder has a name that a store cannot keep."""
+    try:
+        schema.check_writable_name(name, "basis")
+    except StoreError:
+        return False
     return any(os.path.lexists(_folder(root, place)) for place in (name, _new(name), _old(name)))
 
 

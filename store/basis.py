@@ -20,7 +20,8 @@ import zarr
 from torch import Tensor
 
 from ..commands import decompose_command
-from ..errors import StoreError
+from ..errors import StoreError, did_you_mean
+from .display import html_table
 from .format import schema
 from .format.arrays import OTHER_VERSION, Region, checksum, chunk_checksums
 from .format.documents import check_size
@@ -107,7 +108,7 @@ def group_arrays(shape: tuple[int, int], n: int, R: int, k: int, dtype: str) -> 
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Basis:
     """The basis of one layer: U (d_out, r), S (r,), P (r, d_in)."""
 
@@ -116,6 +117,10 @@ class Basis:
     P: Tensor
     record: LayerRecord
     _spectrum: Callable[[], Tensor]
+
+    def __repr__(self) -> str:
+        d_out, d_in = self.record.shape
+        return f"Basis({d_out} x {d_in}, rank {len(self.S)}, energy {self.energy:.3f} at rank {self.record.rank})"
 
     @property
     def spectrum(self) -> Tensor:
@@ -169,7 +174,13 @@ class BasisSet(Mapping[str, Basis]):
             )
 
     def __repr__(self) -> str:
-        return f"BasisSet({self.name!r}, {len(self.layers)} layers, {self.method})"
+        method = ", ".join(f"{key}={value!r}" for key, value in self.method.items() if value is not None)
+        return f"BasisSet({self.name!r}, {self.status}, {len(self.layers)} layers, {method}, dtype={self.dtype!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: shape, rank and kept energy of every layer."""
+        rows = ((name, "{} x {}".format(*x.shape), x.rank, f"{x.energy:.3f}") for name, x in self.layers.items())
+        return html_table(repr(self), ("layer", "shape", "rank", "energy"), rows, len(self))
 
     def __getitem__(self, layer: str) -> Basis:
         return self.read([layer])[layer]
@@ -191,7 +202,8 @@ class BasisSet(Mapping[str, Basis]):
         wanted = list(self.layers) if layers is None else list(layers)
         for layer in wanted:
             if layer not in self.layers:
-                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}; `prep info` lists its layers")
+                meant = did_you_mean(layer, self.layers) or "; `prep info` lists its layers"
+                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}{meant}")
         arrays = self.open_arrays({self.layers[layer].shape for layer in wanted}, ("U", "P", "S"))
         regions: list[tuple[schema.Array, Region]] = []
         known: dict[str, int] = {}
@@ -221,7 +233,7 @@ class BasisSet(Mapping[str, Basis]):
 
     def command(self, rank: int) -> str:
         """The `prep decompose` command that makes this basis anew with another rank."""
-        return decompose_command(self.name, self.method, rank, overwrite=True)
+        return decompose_command(self.name, self.method, rank, True, schema.place_of(self._group))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

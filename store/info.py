@@ -5,25 +5,30 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import zarr
 
-from ..commands import decompose_command
+from ..commands import decompose_command, store_option
 from ..errors import StoreError
-from .artifact import Store
+from .artifact import Store, open_store
 from .bases import Bases
 from .basis import BasisSet
 from .condition import fault
 from .excess import advice, excess_of, percent
 
 
-def info(store: Store) -> dict[str, Any]:
-    """Model, corpus, moments and bases of a store with counts, sizes in bytes and captured energy by kind of layer.
+def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
+    """What a store, or the one at a path or URL, holds: the dictionary that `prep info --json` prints.
 
-    `layers` groups layer names that differ in their block number only; `energy` is the median over a group. What is
-    damaged has a `problem` instead of what it would say of itself.
+    Model, corpus, moments and bases with counts, sizes in bytes and captured energy by kind of layer. `layers` groups
+    layer names that differ in their block number only; `energy` is the median over a group. What is damaged has a
+    `problem` instead of what it would say of itself.
+
+    Raises StoreError where there is no store.
     """
+    store = open_store(store.location if isinstance(store, Store) else store)  # as it is by now
     groups: dict[str, dict[str, Any]] = {}
     summary = _moments(store, groups) if store.corpus is not None and store.status == "complete" else None
     bases: dict[str, dict[str, Any]] = {}
@@ -120,19 +125,22 @@ def table(facts: dict[str, Any]) -> list[str]:
         f"model    {model['id'] or 'a module'}{revision} ({model.get('class', '?')}, {model.get('dtype', '?')})"
     )
     lines += _corpus(corpus) if corpus else []
+    option = store_option(facts["store"])
     if facts["removed"]:
         lines += [*_corpus(facts["removed"]["corpus"]), "moments  removed: only those of the same corpus can come back"]
     if moments:
         size = "" if moments["bytes"] is None else f", {moments['bytes'] / 1e6:,.0f} MB"
         if "problem" in moments:
-            lines.append(f"damaged  the moments{size}: {moments['problem']}, or `prep remove --moments`")
+            lines.append(f"damaged  the moments{size}: {moments['problem']}, or `prep remove --moments{option}`")
         else:
             kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
             lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds}){size}")
             lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
     for name, basis in facts["bases"].items():
         if "problem" in basis:
-            again = f"make it anew with {decompose_command(name)}, or `prep remove {name}`"
+            again = (
+                f"make it anew with {decompose_command(name, store=facts['store'])}, or `prep remove {name}{option}`"
+            )
             lines.append(f"damaged  basis {name}: it is {basis['problem']}; {again}")
     bases = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     if bases:

@@ -17,7 +17,8 @@ import torch
 import zarr
 from torch import Tensor
 
-from ..errors import StoreError
+from ..errors import StoreError, did_you_mean
+from .display import html_table
 from .format import schema
 from .format.arrays import OTHER_VERSION
 from .format.untrusted import MOMENTS, SITE
@@ -54,6 +55,11 @@ class LayerMoment:
 
     def __repr__(self) -> str:
         return f"LayerMoment({self.layer!r}, kind={self.kind!r}, d_in={self.shape[1]}, count={self.count:,})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the layers that share the site."""
+        rows = ((name, "{} x {}".format(*member["shape"])) for name, member in self.members.items())
+        return html_table(repr(self), ("layer", "shape"), rows, len(self.members))
 
     @property
     def half(self) -> LayerMoment | None:
@@ -144,9 +150,8 @@ class Moments(Mapping[str, LayerMoment]):
     def __getitem__(self, layer: str) -> LayerMoment:
         if layer not in self._site_of:
             reason = " ".join(self.skipped.get(layer, "").split())
-            raise StoreError(
-                f"the store has no moments of {layer}" + (f": {reason}" if reason else "; `prep info` lists its layers")
-            )
+            meant = f": {reason}" if reason else did_you_mean(layer, self) or "; `prep info` lists its layers"
+            raise StoreError(f"the store has no moments of {layer}{meant}")
         site = self._site_of[layer]
         try:
             moment = LayerMoment(layer, site, schema.child(self._group, site), self._hashes.get(site, ""))
@@ -155,6 +160,17 @@ class Moments(Mapping[str, LayerMoment]):
         if set(moment.members) != set(self.sites[site]):
             raise StoreError(f"{self._group.store_path}/{site} lists other members than /moments: it is damaged")
         return moment
+
+    def __repr__(self) -> str:
+        return f"Moments({len(self)} layers, {len(self.sites)} sites)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the sites and the layers that share them."""
+        return html_table(repr(self), ("site", "layers that share it"), self._rows(), len(self.sites))
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        for site, layers in self.sites.items():
+            yield site, ", ".join(layer.rpartition(".")[2] for layer in layers)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._site_of

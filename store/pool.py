@@ -41,7 +41,8 @@ def pool(
 ) -> Store:
     """Combine the moments of `parts` (paths or URLs of two or more stores) into the path `store` and return the pool.
 
-    weights: one positive number per part. The parts must agree in model, weights, sites, moment kinds; their provenance
+    weights: one positive number per part. overwrite: replace another store at `store`. break_lock: take a writer's lock
+    that another machine has left behind. The parts must agree in model, weights, sites, moment kinds; their provenance
     is kept in `corpus["parts"]`. A store that holds this very pool is returned as it is.
 
     Raises PrepError for bad input, StoreError where the parts differ, which is named, or `store` holds something else.

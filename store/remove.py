@@ -31,6 +31,8 @@ def remove(
 ) -> Store:
     """Remove the bases `names` from the local store, and with `moments` its moments, and return what is left of it.
 
+    break_lock: take a writer's lock that another machine has left behind.
+
     Unfinished and damaged ones may be removed too. While bases made of removed moments are left, the store's attribute
     `removed` keeps the corpus and options that they came from, and only the same calibration puts moments beside them
     again.

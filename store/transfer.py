@@ -31,7 +31,8 @@ _ROOT = "zarr.json"
 def push(store: str | Path, url: str, *, overwrite: bool = False, break_lock: bool = False) -> Store:
     """Copy a store to `url` (any fsspec file system that can be written to) and read it back to verify it.
 
-    The source is verified before anything is touched.
+    The source is verified before anything is touched. overwrite: replace a store at `url`. break_lock: take a writer's
+    lock that another machine has left behind, where `url` is a path.
 
     Raises StoreError where it is damaged or not complete, or `url` holds one already and not `overwrite`.
     """
@@ -65,6 +66,8 @@ def pull(
     url: str | Path, store: str | Path = "prep.zarr", *, overwrite: bool = False, break_lock: bool = False
 ) -> Store:
     """Copy the store at `url` to the path `store` and verify it; it appears there whole or not at all.
+
+    overwrite: replace the store at `store`. break_lock: take a writer's lock that another machine has left behind.
 
     Raises StoreError where the source is damaged or not complete, the disk full, or `store` exists and not `overwrite`.
     """

@@ -14,7 +14,6 @@ the others are safetensors. peft-lora is for the unmodified base and starts as i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import PrepError
+from ...errors import PrepError, did_you_mean
 from ...store import BasisSet, Store, open_store
 from ...store.format.schema import disk_guard
+from ..files import written
 from . import eva
 from .lora import check_stored, describe, factors
 from .start import require_peft
@@ -52,15 +52,16 @@ def export(
 ) -> Path:
     """Write what `to` names (a row of BASES) to `path`: a directory for peft-lora, a file otherwise.
 
+    store: its path, URL, or the opened store. basis: its name, by default that of the form.
     rank: the r of the LoraConfig that will read it, needed for peft-corda, peft-eva and peft-lora; for safetensors all
     that is stored by default. lora_alpha: of peft-lora, the rank by default. rho: of EVA's redistribution of ranks, 1
-    for none.
+    for none. overwrite: replace what is at `path`.
 
     PrepError or StoreError before anything is written: unknown form, a path that is taken, a missing basis or one of
     the wrong sort, a rank that is not stored, layers without a full second moment (peft-corda-covariance).
     """
     if to not in BASES:
-        raise PrepError(f"nothing is called --to {to!r}: choose from {', '.join(BASES)}")
+        raise PrepError(f"nothing is called --to {to!r}: choose from {', '.join(BASES)}{did_you_mean(to, BASES)}")
     target = Path(path)
     if target.exists() and (not overwrite or target.is_dir() != (to == "peft-lora")):
         raise PrepError(f"{target} is there already: name another path, or replace a {to} with --overwrite")
@@ -160,10 +161,6 @@ def _write(target: Path, tensors: dict[str, Tensor], writer: Callable[[Any, Path
     size = sum(nbytes for nbytes in {value.data_ptr(): value.nbytes for value in tensors.values()}.values())
     with disk_guard(target.parent, size):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        try:
+        with written(target) as partial:
             writer(tensors, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
     return target

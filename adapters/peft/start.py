@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import PrepError
+from ...errors import PrepError, did_you_mean
 from ...linear import is_plain, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ..attach import find_layers, refuse_adapted
 from ..drift import by_hash, check_verify, check_weight
+from ..files import readable
 from . import eva
 from .lora import check_stored, describe, factors
 
@@ -43,6 +44,7 @@ INITS = {
     "lora": "",
 }
 _FORMS = ("lora", "residual")
+_WEIGHTS = "*model*.safetensors"  # as PEFT and transformers call them
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def get_model(
 ) -> Any:
     """The model as a PEFT `PeftModel` whose LoRA weights start from the store; the model itself is changed, as by PEFT.
 
+    store: its path, URL, or the opened store. r, lora_alpha, adapter_name, autocast_adapter_dtype: as in PEFT.
     init: a row of INITS. basis: another basis of the store than the init's own. verify: check that the basis was made
     from this model's weights. lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the layers
     of the basis. `save` writes what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual, and
@@ -131,6 +134,7 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
         if as_ == "residual":
             raise PrepError("the base has no residual under this init: save with as_='lora'")
         model.save_pretrained(path)
+        readable(Path(path), _WEIGHTS)
         return
     layers = {layer: model.get_submodule(f"base_model.model.{layer}") for layer in start.factors}
     if any(module.merged for module in layers.values()):
@@ -155,6 +159,7 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
         model.save_pretrained(path, selected_adapters=[start.adapter], state_dict=state)
     finally:
         model.peft_config[start.adapter] = config
+    readable(Path(path), _WEIGHTS)
 
 
 def open_basis(store: Store, init: str, basis: str | None = None) -> BasisSet:
@@ -176,7 +181,7 @@ def require_peft() -> Any:
 def _check_model(model: nn.Module, init: str, lora_config: Mapping[str, Any]) -> None:
     """Refuse an unknown init, a model that has adapters, and options that the init decides."""
     if init not in INITS:
-        raise PrepError(f"no init {init!r}: choose from {', '.join(INITS)}")
+        raise PrepError(f"no init {init!r}: choose from {', '.join(INITS)}{did_you_mean(init, INITS)}")
     refuse_adapted(model)
     if hasattr(model, "peft_config"):
         raise PrepError("the model has PEFT adapters already: give the base model")
@@ -205,7 +210,9 @@ def _targets(model: nn.Module, config: Any, layers: list[str]) -> dict[str, int]
         targets = [name for name in targets if name in set(layers)]
         config.target_modules = set(targets)
     if not targets:
-        raise PrepError(f"target_modules={given!r} matches no layer of the model, such as {layers[0]}")
+        ends = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)
+        meant = did_you_mean(given, ends) if isinstance(given, str) else "".join(did_you_mean(x, ends) for x in given)
+        raise PrepError(f"target_modules={given!r} matches no layer of the model, such as {layers[0]}{meant}")
     keys = config.rank_pattern.keys()
     return {name: config.rank_pattern.get(other.get_pattern_key(keys, name), config.r) for name in targets}
 
@@ -301,3 +308,4 @@ def _save_base(base: nn.Module, path: Path) -> None:
                 key = key.replace(wrapper, ".")
             state[key] = value
     base.save_pretrained(path, state_dict=state)  # type: ignore[operator]
+    readable(path, _WEIGHTS)

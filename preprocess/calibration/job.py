@@ -32,7 +32,7 @@ from ..options import CovarianceOptions
 from ..progress import Progress, say
 from .devices import place_sums
 from .part import Batch, Part
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, too_few_tokens
 from .run import Run
 from .signals import Signals
 from .state import State, look, undo
@@ -55,7 +55,7 @@ class Calibration:
         self._options, self._network, self._source, self._world = options, network, source, world
         self._run = run.loaded(network)
         self._quiet = options.quiet or world.rank > 0
-        self._signals, self._tokens = Signals(), 0
+        self._signals, self._seen = Signals(), dict[str, int]()  # tokens by site
         self._root: Any = None
         self._created = False  # by this process
 
@@ -143,7 +143,7 @@ class Calibration:
                     writers.submit(self._write_site, root, site, data)
         self._world.barrier()
         self._done |= {site.name for site in part.sites}
-        self._batches, self._tokens = 0, max(self._tokens, *counts.values())
+        self._batches, self._seen = 0, self._seen | counts
         if self._world.rank == 0:
             self._use(begin_slot(root), ())
 
@@ -156,6 +156,9 @@ class Calibration:
     def store(self) -> Store | None:
         """The finished store, in the place that was asked for, on the process that wrote it; None on the others."""
         self._world.on_rank_zero(self._finish)
+        warning = too_few_tokens(self._network, self._seen)
+        if warning:
+            say(warning, self._quiet)
         return open_store(self._options.store) if self._world.rank == 0 else None
 
     # What is there
@@ -290,7 +293,7 @@ class Calibration:
             missing = [site.name for site in self._network.sites if site.name not in self._done]
             if missing:
                 raise PrepError(f"{missing[0]} has no moments yet: every part that `parts` gives must be written")
-            corpus = {"tokens": self._tokens, **self._source.about}
+            corpus = {"tokens": max(self._seen.values(), default=0), **self._source.about}
             run = {**self._run.attributes()["run"], "seconds": round(time.monotonic() - self._started, 3)}
             finish(self._begin(), {"status": "complete", "corpus": corpus, "id": self._run.id(corpus), "run": run})
         if self._path != Path(resolved(self._options.store)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import PrepError
+from ..model.network import Network
 from ..model.sites import Site
 from ..numerics.accumulators import site_elements
 
@@ -73,3 +74,27 @@ def _filled(
         passes[-1].append(site)
         used[place] += size
     return passes
+
+
+def too_few_tokens(network: Network, counts: Mapping[str, int]) -> str:
+    """A line about the sites with fewer tokens, by `counts`, than their second moment is wide; "" if there are none."""
+    few = [
+        (counts[site.name], width, site.name)
+        for site in network.sites
+        if 0 < counts.get(site.name, 0) < (width := _width(site, network.kinds[site.name]))
+    ]
+    if not few:
+        return ""
+    tokens, width, name = min(few)
+    return (
+        f"warning: {len(few)} of {len(network.sites)} sites saw fewer tokens than they are wide, such as {name} "
+        f"({tokens:,} for {width:,}), and know nothing of the other directions: --num-sequences and --seq-len for "
+        f"{max(width for _, width, _ in few):,} tokens or more"
+    )
+
+
+def _width(site: Site, kind: str) -> int:
+    """The tokens without which a second moment of that kind is singular; 0 for a diagonal."""
+    if kind == "output":
+        return max(d_out for d_out, _ in site.shapes)
+    return site.d_in if kind == "full" else 0

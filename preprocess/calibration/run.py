@@ -17,12 +17,14 @@ from ...store.checkpoint import read_checkpoint
 from ...store.format.schema import content_hash
 from ...store.staging import beside, resolved
 from ..corpus.source import Source, Text
+from ..hub import absolute_if_local
 from ..model import loading
 from ..model.network import Network
 from ..options import CovarianceOptions
 
 _ARCHITECTURE = ("id", "revision", "config_hash")
 _AMOUNT = ("num_sequences", "tokens", "hash", "mixture")  # of a corpus: how much of the data was taken
+_FOLLOWS = ("corpus tokens:", "corpus hash:")  # from other options
 _WEIGHTS = "weights"  # entry of the model's description: a hash over those of all calibrated layers
 
 
@@ -51,7 +53,7 @@ class Run:
         chosen |= {"products": options.products} if options.products != "auto" else {}
         files = None
         if isinstance(options.model, str):
-            name = loading.absolute_if_local(options.model)
+            name = absolute_if_local(options.model)
             config = loading.load_config(name, options.revision, options.trust_remote_code)
             known = {"id": name, "revision": options.revision, "config_hash": loading.config_hash(config)}
             chosen["dtype"] = loading.resolved_dtype(
@@ -214,7 +216,9 @@ def _refusal(options: CovarianceOptions, differences: list[str], own_batches: st
             f"{options.store} was made from other weights than {options.model} has now: "
             "name another --store, or replace it with --overwrite"
         )
+    shown = [one for one in differences if not one.startswith(_FOLLOWS)] or differences
+    joined = " (`prep pool` joins the two)" if all(one.startswith("corpus ") for one in differences) else ""
     return (
-        f"{options.store} holds a run with other options ({'; '.join(differences)}): "
-        "name another --store, or replace it with --overwrite"
+        f"{options.store} holds a run with other options ({'; '.join(shown)}): "
+        f"name another --store{joined}, or replace it with --overwrite"
     )

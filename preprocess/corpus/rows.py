@@ -16,6 +16,7 @@ from typing import Any
 
 from ...errors import PrepError
 from ...store.format.untrusted import check_nesting
+from ..hub import is_id, nearest_path, unreachable
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # after one of the above but .parquet; names as fsspec has them
@@ -23,11 +24,14 @@ SHUFFLE_BUFFER = 10_000  # rows
 CHECKED = 1 << 30  # bytes of JSON looked through before a reader sees them
 SHUFFLE_FILES = 10  # open at a time
 
+TEXT, CHAT, OTHER = "text", "chat", "other"  # what a column holds; a chat is a list of messages
+MESSAGE = {"role", "content"}  # what a message has at least
+
 Row = dict[str, Any]
 
 
-def read_rows(source: str, subset: str | None, split: str, seed: int) -> tuple[dict[str, bool], Generator[Row]]:
-    """The columns (name -> whether it holds text) and the shuffled rows; both are empty if the data is.
+def read_rows(source: str, subset: str | None, split: str, seed: int) -> tuple[dict[str, str], Generator[Row]]:
+    """The columns (name -> TEXT, CHAT or OTHER) and the shuffled rows; both are empty if the data is.
 
     The order depends on the seed and the data only: files are sorted by name, then shuffled, and their rows pass
     through a buffer of 10,000. Raises PrepError, here or while rows are read, for what cannot be found or read.
@@ -114,12 +118,16 @@ def _files(source: str) -> list[str]:
         return files
     if glob.has_magic(path):
         raise PrepError(f"no file matches {source}: check --data")
-    # A hub id is one name, or two joined by a slash.
-    if _extension(path) in READERS or path.startswith((".", "/")) or "\\" in path or path.count("/") > 1:
-        raise PrepError(f"no such file: {source}; check --data")
     # `datasets` would take the name of one of its readers, "text" say, for all files of the working directory.
     if not path or (path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{path}")):
         raise PrepError(f"{source!r} is no file, directory or hub id: check --data")
+    if not is_id(path):
+        raise PrepError(f"no such file: {source}{nearest_path(path)}; check --data")
+    if unreachable(path, "dataset"):
+        raise PrepError(
+            f"{source} is no file or directory here{nearest_path(path)}, and the hub was not reached: check --data, "
+            "or connect"
+        )
     return []
 
 
@@ -130,14 +138,22 @@ def _extension(path: str) -> str:
     return inner if last in COMPRESSED and READERS.get(inner, "parquet") != "parquet" else last
 
 
-def _columns(dataset: Any) -> dict[str, bool]:
+def _columns(dataset: Any) -> dict[str, str]:
     import datasets
 
     features = dataset.features
     if features is None:  # known only from the first rows
         tables = dataset.with_format("arrow").iter(batch_size=1)
         features = next((datasets.Features.from_arrow_schema(table.schema) for table in tables), {})
-    return {name: getattr(kind, "dtype", None) in ("string", "large_string") for name, kind in features.items()}
+    return {name: _holds(kind) for name, kind in features.items()}
+
+
+def _holds(kind: Any) -> str:
+    """TEXT, CHAT or OTHER for a feature of `datasets`."""
+    if getattr(kind, "dtype", None) in ("string", "large_string"):
+        return TEXT
+    inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
+    return CHAT if isinstance(inner, dict) and inner.keys() >= MESSAGE else OTHER
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import xxhash
 from torch import Tensor, nn
 
 from ...errors import PrepError
+from ..hub import absolute_if_local
 from ..model.experts import watched
 from ..model.forward import Forward, Inputs, text_forward
-from ..model.loading import absolute_if_local, load_config, load_tokenizer
+from ..model.loading import load_config, load_tokenizer
 from ..model.placement import input_device
 from ..model.sites import DECODER_MASK, MASK
 from ..options import CovarianceOptions

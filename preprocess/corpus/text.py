@@ -22,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from ...errors import PrepError
-from .rows import Row, read_rows
+from .rows import CHAT, MESSAGE, TEXT, Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,11 +149,14 @@ def check_options(options: CorpusOptions, tokenizer: "PreTrainedTokenizerBase") 
     if options.template is not None:
         _parse_template(options.template)
     if options.chat_column is not None and not tokenizer.chat_template:
-        raise PrepError("the tokenizer has no chat template: use --text-column or --template instead of --chat-column")
+        raise PrepError(
+            f"the tokenizer has no chat template, which --chat-column {options.chat_column} needs: give a --model that "
+            "has one, or data with the text in a column"
+        )
 
 
 def _renderer(
-    options: CorpusOptions, columns: dict[str, bool], tokenizer: "PreTrainedTokenizerBase"
+    options: CorpusOptions, columns: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
 ) -> Callable[[Row], str | None]:
     """The function row -> text (None where a value is missing) that the options ask for."""
     if options.template is not None:
@@ -167,9 +170,12 @@ def _renderer(
     if options.text_column is not None:
         _require(options.text_column, "--text-column", columns, options)
         return partial(_text, options.text_column)
-    texts = [name for name, is_text in columns.items() if is_text]
+    texts = [name for name, holds in columns.items() if holds == TEXT]
+    chats = [name for name, holds in columns.items() if holds == CHAT]
     if "text" in columns:
         texts = ["text"]
+    elif chats:
+        raise PrepError(_conversations(options, chats[0], texts, bool(tokenizer.chat_template)))
     if len(texts) != 1:
         raise PrepError(
             f"{options.source} has the columns {', '.join(columns)}: choose with --text-column NAME, or join several "
@@ -178,7 +184,22 @@ def _renderer(
     return partial(_text, texts[0])
 
 
-def _require(name: str | None, flag: str, columns: dict[str, bool], options: CorpusOptions) -> None:
+def _conversations(options: CorpusOptions, chat: str, texts: list[str], has_template: bool) -> str:
+    """What to do about data whose text is in a column of messages."""
+    other = f", or take a text with --text-column, one of {', '.join(texts)}" if texts else ""
+    if has_template:
+        return f"{options.source} holds conversations in the column {chat}: read them with --chat-column {chat}{other}"
+    return (
+        f"{options.source} holds conversations in the column {chat}, and the tokenizer has no chat template: give a "
+        f"--model that has one{other or ', or data with the text in a column'}"
+    )
+
+
+def _is_chat(value: object) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(m, dict) and m.keys() >= MESSAGE for m in value)
+
+
+def _require(name: str | None, flag: str, columns: dict[str, str], options: CorpusOptions) -> None:
     if name is not None and name not in columns:
         raise PrepError(f"{flag} names {name!r}, but {options.source} has the columns {', '.join(columns)}")
 
@@ -186,10 +207,8 @@ def _require(name: str | None, flag: str, columns: dict[str, bool], options: Cor
 def _text(column: str, row: Row) -> str | None:
     value = row.get(column)
     if value is not None and not isinstance(value, str):
-        raise PrepError(
-            f"column {column!r} holds {type(value).__name__}, not text: choose another with --text-column, or write it "
-            f"out with --template '{{{column}}}'"
-        )
+        also = f", or write it out with --template '{{{column}}}'" if isinstance(value, int | float) else ""
+        raise PrepError(f"column {column!r} holds {_kind(value)}: {_other(column, value, '--text-column')}{also}")
     return value
 
 
@@ -201,7 +220,7 @@ def _fill(template: Template, row: Row) -> str | None:
         if value is None:
             return None
         if not isinstance(value, str | int | float):
-            raise PrepError(f"column {column!r} holds {type(value).__name__}, not text: leave it out of --template")
+            raise PrepError(f"column {column!r} holds {_kind(value)}: {_other(str(column), value, '--template')}")
         parts.append(f"{literal}{value}")
     return "".join(parts)
 
@@ -209,19 +228,31 @@ def _fill(template: Template, row: Row) -> str | None:
 def _chat(column: str, tokenizer: "PreTrainedTokenizerBase", row: Row) -> str | None:
     """The conversation as the tokenizer's chat template writes it; messages are {"role": ..., "content": ...}."""
     messages = row.get(column)
-    if messages is None:
+    if messages is None or messages == []:
         return None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
+    if not _is_chat(messages):
+        first = messages[0] if isinstance(messages, list) and messages else None
+        has = f" (they have {', '.join(map(str, first))})" if isinstance(first, dict) else ""
         raise PrepError(
-            f"column {column!r} is no list of messages with a role and a content: choose another --chat-column"
+            f"column {column!r} is no list of messages with a role and a content{has}: rename their keys, or choose "
+            "another --chat-column"
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else None
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # templates raise what they like
         said = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         raise PrepError(f"the chat template refuses a row of column {column!r} ({said}): use --template") from error
+
+
+def _kind(value: object) -> str:
+    return "conversations, not text" if _is_chat(value) else f"{type(value).__name__}, not text"
+
+
+def _other(column: str, value: object, flag: str) -> str:
+    """What to do about a column that an option names and that holds no text."""
+    if _is_chat(value):
+        return f"use --chat-column {column}"
+    return f"choose another with {flag}" if flag == "--text-column" else f"leave it out of {flag}"
 
 
 def _parse_template(template: str) -> Template:

@@ -15,6 +15,7 @@ from ...linear import layer_shape, weight_hash, weight_matrix
 from ...store import LayerMoment, Moments, Store, open_store
 from ...store.format.schema import check_writable_name, is_url
 from ...store.staging import interrupted, occupied
+from ..hub import absolute_if_local
 from ..model import loading
 from ..model.experts import expert_layers
 from ..model.sites import target_layers
@@ -115,7 +116,7 @@ def load_layers(requests: Sequence[Request]) -> tuple[nn.Module, dict[str, nn.Mo
 def calibrated_id(model: Any, store: Store | None) -> str:
     """Where the model is loaded from: `model`, or what the store was calibrated on."""
     if model:
-        return loading.absolute_if_local(model)
+        return absolute_if_local(model)
     known: dict[str, Any] = store.model if store is not None else {}
     if not known.get("id"):
         where = store.location if store is not None else "the store"

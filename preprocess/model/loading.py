@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import glob
 import json
 import logging
 import os
@@ -21,19 +20,16 @@ from torch import nn
 from ...errors import PrepError
 from ...linear import dtype_name
 from ...store.format.schema import content_hash
+from ..hub import check_model
 from .placement import computes_on_cpu, partition, placement
 from .sites import block_index
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def absolute_if_local(name: str) -> str:
-    """A local path or glob made absolute, so that a store finds it from anywhere; a hub id as it is."""
-    return os.path.abspath(name) if glob.glob(name, recursive=True) else name
-
-
 def load_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's configuration. PrepError if there is no such model or it needs code of its own."""
+    check_model(model, revision)
     from transformers import AutoConfig
 
     with _one_line(model):
@@ -203,10 +199,6 @@ def _one_line(model: str, what: str = "model") -> Iterator[None]:
             raise PrepError(
                 f"{model} needs code from its own repository: pass --trust-remote-code if you trust it"
             ) from error
-        path = Path(model)
-        # a hub id is one name, or two joined by a slash
-        if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
-            raise PrepError(f"no {what} at {model}: give a directory with config.json or a hub id") from error
         said = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         full = "No space left" in str(error)
         advice = "set TMPDIR, where offloaded experts go, or HF_HOME to a larger disk" if full else "check --model"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import PrepError
+from ...errors import PrepError, did_you_mean
 from ...linear import is_linear, layer_shape
 from ...units import parse_blocks
 from .experts import ExpertLinear, expert_layers, home, is_fused
@@ -75,8 +75,10 @@ def target_layers(
                 continue
             matched = {name for name in modules if name and _search(pattern, name, "--targets")}
             if not matched:
+                meant = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in linear))
                 raise PrepError(
-                    f"no layer matches --targets {pattern!r}: {type(model).__name__} has {_examples(list(linear))}"
+                    f"no layer matches --targets {pattern!r}{meant}: "
+                    f"{type(model).__name__} has {_examples(list(linear))}"
                 )
             if not matched & linear.keys():
                 name = min(matched, key=len)

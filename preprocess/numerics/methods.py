@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from ...commands import default_name
-from ...errors import PrepError
+from ...errors import PrepError, did_you_mean
 
 METRICS = ("full", "diagonal", "identity", "components")
 SELECTIONS = ("top", "bottom", "activation")
@@ -20,7 +20,8 @@ MOMENT_KINDS = ("full", "diagonal", "output")
 def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises PrepError that lists the allowed values."""
     if value not in allowed:
-        raise PrepError(f"{what} {value!r} does not exist: take one of {', '.join(allowed)}")
+        meant = did_you_mean(str(value), allowed)
+        raise PrepError(f"{what} {value!r} does not exist: take one of {', '.join(allowed)}{meant}")
 
 
 @dataclass(frozen=True)

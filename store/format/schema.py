@@ -116,6 +116,14 @@ def open_group(
     )
 
 
+def place_of(group: zarr.Group) -> str:
+    """Where the store of a group is: a path, or a URL as far as its file system tells."""
+    store: Any = group.store
+    if isinstance(store, LocalStore):
+        return str(store.root)
+    return str(store.fs.unstrip_protocol(store.path)) if hasattr(store, "fs") else ""
+
+
 def zarr_store(location: str | Path, read_only: bool) -> ZarrStore:
     """The files at a path or fsspec URL. StoreError where the URL's file system is not installed or not known."""
     if not is_url(location):

@@ -151,7 +151,8 @@ ATTACH = {
     "layers that are no expression": (attach(layers="("), "layers='(' is not a regular expression: ..."),
     "a misspelled core": (
         attach(core="gian"),
-        "no core 'gian': choose from gain, rotation, ablation, dplr, arrow, dense, or give a Core of your own",
+        "no core 'gian': choose from gain, rotation, ablation, dplr, arrow, dense, or give a Core of your own "
+        "(did you mean 'gain'?)",
     ),
     "an option of another core": (
         attach(core="gain", block=4),
@@ -293,7 +294,7 @@ SAVED = {
     ),
     "a reference and no basis": (
         load("refers", store="bare/prep.zarr"),
-        "the store has no basis 'full' (it has: identity): make it with `prep decompose`",
+        "the store has no basis 'full' (it has: identity): make it with `prep decompose --store bare/prep.zarr`",
     ),
     "save without an adapter": (
         lambda: prep.save(tiny.llama(), "a.safetensors"),
@@ -348,12 +349,13 @@ def without_peft():
 PEFT = {
     "a misspelled init": (
         start("pisa"),
-        "no init 'pisa': choose from pissa, milora, corda_ipm, corda_kpm, whitened, asvd, eva, lora",
+        "no init 'pisa': choose from pissa, milora, corda_ipm, corda_kpm, whitened, asvd, eva, lora "
+        "(did you mean 'pissa'?)",
     ),
     "a rank above the stored one": (
         start(r=17),
         "rank 17 asked for, basis 'full' holds 16 of model.layers.0.self_attn.q_proj: `prep decompose --rank 17 "
-        "--overwrite`",
+        "--overwrite --store start.zarr`",
     ),
     "a rank above the layer's": (
         start(r=64),
@@ -366,7 +368,7 @@ PEFT = {
     "more components than are stored": (
         start("eva", r=12),
         "rank 12 with rho 2 takes 24 components, basis 'eva' holds 16 of model.layers.0.self_attn.q_proj: `prep "
-        "decompose --for eva --rank 24 --overwrite`, or a smaller rho",
+        "decompose --for eva --rank 24 --overwrite --store start.zarr`, or a smaller rho",
     ),
     "a target without a basis": (
         start(target_modules=["q_proj", "lm_head"]),
@@ -375,7 +377,8 @@ PEFT = {
     ),
     "a target that matches nothing": (
         start(target_modules=["qq_proj"]),
-        "target_modules={'qq_proj'} matches no layer of the model, such as model.layers.0.self_attn.q_proj",
+        "target_modules={'qq_proj'} matches no layer of the model, such as model.layers.0.self_attn.q_proj "
+        "(did you mean 'q_proj'?)",
     ),
     "components for a basis": (
         start(basis="eva"),
@@ -388,12 +391,12 @@ PEFT = {
     "no such basis": (
         start(basis="full-p2"),
         "the store has no basis 'full-p2' (it has: identity, full, full-p1, eva): make it with `prep decompose "
-        "--power 2`",
+        "--power 2 --store start.zarr`",
     ),
     "no basis of the init": (
         start("corda_kpm"),
         "the store has no basis 'full-p1-bottom' (it has: identity, full, full-p1, eva): make it with `prep "
-        "decompose --power 1 --select bottom`",
+        "decompose --for corda_kpm --store start.zarr`",
     ),
     "init_lora_weights beside init": (
         start(init_lora_weights="pissa"),
@@ -480,8 +483,8 @@ EXPORT = {
     "no rank": (export("peft-corda"), "--to peft-corda needs a --rank: the r of the LoraConfig that will read it"),
     "a rank above the stored one": (
         export("peft-corda", rank=17),
-        "rank 17 asked for, basis 'full-p1' holds 16 of model.layers.0.self_attn.q_proj: `prep decompose --power "
-        "1 --rank 17 --overwrite`",
+        "rank 17 asked for, basis 'full-p1' holds 16 of model.layers.0.self_attn.q_proj: `prep decompose --for "
+        "corda_ipm --rank 17 --overwrite --store start.zarr`",
     ),
     "components for CorDA": (
         export("peft-corda", rank=4, basis="eva"),
@@ -494,7 +497,7 @@ EXPORT = {
     "no such basis": (
         export("peft-lora", rank=4, basis="full-p3"),
         "the store has no basis 'full-p3' (it has: identity, full, full-p1, eva): make it with `prep decompose "
-        "--power 3`",
+        "--power 3 --store start.zarr`",
     ),
     "a file that is there": (
         export("safetensors", "there.safetensors", basis="full"),

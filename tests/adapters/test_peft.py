@@ -546,9 +546,13 @@ def test_refusals_leave_the_model_alone(home, store, options, match):
 
 def test_a_missing_basis_names_the_command_that_makes_it(home, tmp_path):
     prep.decompose(tmp_path / "s.zarr", for_="pissa", rank=16, model=str(home / "model"), quiet=True)
-    commands = {"whitened": "prep decompose`", "corda_kpm": "--power 1 --select bottom`", "eva": "--for eva`"}
+    commands = {
+        "whitened": "prep decompose",
+        "corda_kpm": "prep decompose --for corda_kpm",
+        "eva": "prep decompose --for eva",
+    }
     for init, command in commands.items():
-        refused(home, tmp_path / "s.zarr", command, init=init)
+        refused(home, tmp_path / "s.zarr", f"`{command} --store {tmp_path / 's.zarr'}`", init=init)
 
 
 def test_other_weights_and_shapes_are_refused(home, store):

@@ -149,7 +149,7 @@ def test_a_plain_svd_of_a_module_needs_no_batches(net, tmp_path):
 def test_several_passes_need_batches_that_can_be_read_again(net, tmp_path):
     """8 x (36 + 6) bytes hold one site of width 6."""
     once = prep.covariance(net, batches=IDS, store=tmp_path / "a", quiet=True).moments
-    options = {"memory_budget": 600, "quiet": True}
+    options = {"memory_budget": "0.6kB", "quiet": True}
     store = prep.covariance(net, batches=IDS, store=tmp_path / "b", **options)
     assert store.corpus["batches"] == 4
     for layer in once:
@@ -380,7 +380,7 @@ def test_a_model_that_changes_its_input_sees_every_batch_as_it_is(nested, tmp_pa
     before = [x.clone() for x in xs]
     wanted = [(x + 1 + (2 * shift if nested else 0)).double().numpy() for x in xs]
     options = {"batches": batches, "quiet": True}
-    store = prep.covariance(net, store=tmp_path / "s", memory_budget=160, **options)  # two passes
+    store = prep.covariance(net, store=tmp_path / "s", memory_budget="0.16kB", **options)  # two passes
     assert tiny.relative(store.moments["first"].second_moment, gram(np.concatenate(wanted))) < 1e-6
     X = np.concatenate(wanted) @ tiny.weight(net.first).T + net.first.bias.detach().double().numpy()
     assert tiny.relative(store.moments["second"].second_moment, gram(X)) < 1e-6

@@ -4,6 +4,7 @@ import csv
 import glob
 import gzip
 import json
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -574,6 +575,44 @@ def test_wrong_chats(tmp_path):
         assert line.startswith(f"column {column!r} is no list of messages with a role and a content")
     line = message(path, tokenizer, chat_column="ok")
     assert line.startswith("the chat template refuses a row of column 'ok' (roles must alternate)")
+
+
+CONVERSATION = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"messages": CONVERSATION}, "read them with --chat-column messages"),
+        (
+            {"id": "w3", "messages": CONVERSATION},
+            "--chat-column messages, or take a text with --text-column, one of id",
+        ),
+        ({"id": "w3", "prompt": "w1", "chosen": CONVERSATION}, "--chat-column chosen, or take a text .* id, prompt"),
+    ],
+)
+def test_conversations_without_the_option_are_sent_to_it(tmp_path, row, advice):
+    tokenizer = make_tokenizer(chat_template=CHAT)
+    path = write(tmp_path / "a.jsonl", [row] * 3)
+    line = message(path, tokenizer)
+    assert re.search(f"holds conversations in the column .*{advice}", line)
+    column = next(name for name, value in row.items() if value is CONVERSATION)
+    assert f"conversations, not text: use --chat-column {column}" in message(path, tokenizer, text_column=column)
+    assert f"conversations, not text: use --chat-column {column}" in message(path, tokenizer, template=f"{{{column}}}")
+    assert whole(path, 1, tokenizer, chat_column=column) == [ids("user w1 <end> assistant w2 <end>")]
+
+
+def test_a_column_called_text_is_read_beside_conversations(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "w1 w2", "messages": CONVERSATION}])
+    assert whole(path, 1, make_tokenizer(chat_template=CHAT)) == [ids("w1 w2")]
+
+
+def test_conversations_and_a_tokenizer_without_a_template(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])
+    assert "the tokenizer has no chat template: give a --model that has one, or data with" in message(path, tokenizer)
+    line = message(path, tokenizer, chat_column="messages")
+    assert line.endswith("give a --model that has one, or data with the text in a column")
+    assert "--template" not in line and "--text-column" not in line  # which would send it back here
 
 
 @pytest.mark.parametrize(("name", "value"), [("t.jsonl", 2), ("t.json", 1)])

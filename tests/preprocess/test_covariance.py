@@ -469,3 +469,34 @@ def test_moments_that_float32_cannot_store_are_refused(scale, tmp_path):
     with pytest.raises(PrepError, match=r"second moment of 0, .* is beyond float32: .*--moment-dtype float64"):
         prep.covariance(model, moment_dtype="float32", **options)
     assert prep.covariance(model, **options, overwrite=True).status == "complete"
+
+
+def warned(directory, data, path, capsys, **options):
+    """The lines of a calibration on stderr that warn."""
+    prep.covariance(directory, data, store=path, **{**RUN, "quiet": False, **options})
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def test_fewer_tokens_than_a_layer_is_wide_are_one_line(data, tmp_path, capsys):
+    directory = tiny.save(tiny.llama(), tmp_path / "model")  # inputs of 32 and, of two sites, 48
+    [line] = warned(directory, data, tmp_path / "a", capsys, num_sequences=2)
+    assert "2 of 8 sites saw fewer tokens than they are wide" in line
+    assert "model.layers.0.mlp.down_proj (32 for 48)" in line and "for 48 tokens or more" in line
+    [line] = warned(directory, data, tmp_path / "b", capsys, num_sequences=1)
+    assert "8 of 8 sites" in line and "(16 for 32)" in line
+    [line] = warned(directory, data, tmp_path / "c", capsys, num_sequences=1, moment="output")
+    assert "8 of 8 sites" in line and "down_proj (16 for 32)" in line and "for 48 tokens" in line
+    assert not warned(directory, data, tmp_path / "d", capsys, num_sequences=3)
+    assert not warned(directory, data, tmp_path / "e", capsys, num_sequences=1, moment="diagonal")
+    assert not warned(directory, data, tmp_path / "f", capsys, num_sequences=1, quiet=True)
+
+
+def test_a_run_on_other_data_names_pool(data, tmp_path):
+    directory = tiny.save(tiny.llama(), tmp_path / "model")
+    prep.covariance(directory, data, store=tmp_path / "s", **{**RUN, "num_sequences": 4})
+    with pytest.raises(PrepError) as error:
+        prep.covariance(directory, data, store=tmp_path / "s", **{**RUN, "num_sequences": 8})
+    assert str(error.value) == (
+        f"{tmp_path / 's'} holds a run with other options (corpus num_sequences: 4 there, 8 asked for): "
+        "name another --store (`prep pool` joins the two), or replace it with --overwrite"
+    )

@@ -514,10 +514,24 @@ def test_the_command_that_a_damaged_basis_advises_works(llama, tmp_path, damage)
     else:
         next(folder.glob("*/U/c/0/0/0")).unlink()
     if damage != "chunk gone":
-        with pytest.raises(
-            StoreError, match=r"make it anew with `prep decompose --metric identity --select bottom --ov"
-        ):
+        with pytest.raises(StoreError) as refused:
             _ = prep.open_store(store).bases["identity-bottom"]
-    again = prep.decompose(store, metric="identity", select="bottom", rank=4, overwrite=True, quiet=True)
+        advised = f"`prep decompose --for milora --overwrite --store {store}`"
+        assert str(refused.value).endswith(f"make it anew with {advised}")
+    again = prep.decompose(store, for_="milora", rank=4, overwrite=True, quiet=True)
     assert again.hash == whole.hash and len(again.read()) == len(whole)
     assert prep.verify(store).findings == []
+
+
+def test_an_eva_basis_says_up_to_which_rank_it_serves(llama, tmp_path, capsys):
+    store = shutil.copytree(llama.path, tmp_path / "s")
+    capsys.readouterr()
+    prep.decompose(store, for_="eva", rank=6, overwrite=True)
+    said = "basis eva holds 6 components: an EVA start redistributes ranks, for which r may be up to 3 (rho 2), or 6"
+    assert said in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(llama.model)
+    with pytest.raises(PrepError, match="rank 4 with rho 2 takes 8 components"):
+        prep.peft.get_model(model, store, "eva", r=4)
+    assert prep.peft.get_model(model, store, "eva", r=3)
+    prep.decompose(store, for_="eva", rank=256, overwrite=True)
+    assert "holds every component" in capsys.readouterr().err

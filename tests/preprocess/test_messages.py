@@ -120,7 +120,7 @@ COVARIANCE = {
     "no match": (covariance(data="*.parquet"), "no file matches *.parquet: check --data"),
     "a file of another kind": (
         covariance(data="table.xlsx"),
-        "cannot read .../table.xlsx: convert it to one of .jsonl .json .parquet .csv .txt",
+        "cannot read .../table.xlsx: convert it to one of .jsonl .json .parquet .csv .txt, also with .gz or .zst",
     ),
     "files of several kinds": (
         covariance(data="mixed.*"),
@@ -184,7 +184,8 @@ COVARIANCE = {
     ),
     "no chat template": (
         covariance(chat_column="text"),
-        "the tokenizer has no chat template: use --text-column or --template instead of --chat-column",
+        "the tokenizer has no chat template, which --chat-column text needs: give a --model that has one, or data with "
+        "the text in a column",
     ),
     "a subset of a file": (
         covariance(subset="main"),
@@ -237,7 +238,7 @@ COVARIANCE = {
     # options
     "no such moment": (
         covariance(moment="ful"),
-        "--moment 'ful' does not exist: take one of full, diagonal, output, auto",
+        "--moment 'ful' does not exist: take one of full, diagonal, output, auto (did you mean 'full'?)",
     ),
     "no such dtype of moments": (
         covariance(moment_dtype="float16"),
@@ -318,7 +319,7 @@ COVARIANCE = {
     # stores
     "a store of other options": (
         covariance(store="full", seed=1, moment="diagonal", targets=["mlp"]),
-        "full holds a run with other options (corpus seed: 0 there, 1 asked for; corpus hash: '...' there, '...' "
+        "full holds a run with other options (corpus seed: 0 there, 1 "
         "asked for; options moment: 'full' there, 'diagonal' asked for; options targets: [] there, ['mlp'] asked "
         "for): name another --store, or replace it with --overwrite",
     ),
@@ -405,7 +406,7 @@ BATCHES = {
         "first, second",
     ),
     "an iterator and several passes": (
-        lambda: batches(iter(IDS), memory_budget=600)(),
+        lambda: batches(iter(IDS), memory_budget="0.6kB")(),
         "2 passes are needed and an iterator gives its batches once: give batches= as a list or a DataLoader, or "
         "raise memory_budget",
     ),

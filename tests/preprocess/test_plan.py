@@ -107,7 +107,7 @@ def test_the_command_prints_the_estimate(job, tmp_path):
         ("2k", 2000),
         ("1.5GiB", 3 * 2**29),
         ("8GiB", 2**33),
-        (8, 8),
+        (8000, 8000),
     ],
 )
 def test_sizes(text, size):
@@ -121,7 +121,15 @@ def test_times(text, seconds):
 
 @pytest.mark.parametrize(
     ("parse", "text"),
-    [(parse_size, "much"), (parse_size, "0"), (parse_size, "8"), (parse_seconds, "soon"), (parse_blocks, "3-1")],
+    [
+        (parse_size, "much"),
+        (parse_size, "0"),
+        (parse_size, "8"),
+        (parse_size, 8),
+        (parse_size, 8.5),
+        (parse_seconds, "soon"),
+        (parse_blocks, "3-1"),
+    ],
 )
 def test_what_is_no_size_or_time(parse, text):
     with pytest.raises(PrepError, match=repr(text)):

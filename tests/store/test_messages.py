@@ -14,7 +14,7 @@ import prep
 from prep.preprocess.verify import verify
 from prep.store import open_store
 from prep.store.format.schema import put_attributes, sealed
-from prep.store.info import info
+from prep.store.info import info, table
 from prep.store.lock import writer_lock
 from prep.store.pool import pool
 from prep.store.transfer import pull, push
@@ -162,8 +162,8 @@ READ = {
     ),
     "a basis that is not there": (
         lambda: open_store("a").bases["full-p1-bottom"],
-        "the store has no basis 'full-p1-bottom' (it has: full): make it with `prep decompose --power 1 --select "
-        "bottom`",
+        "the store has no basis 'full-p1-bottom' (it has: full): make it with `prep decompose --for corda_kpm "
+        "--store a`",
     ),
     "a layer that the basis lacks": (
         lambda: open_store("a").bases["full"]["lm_head"],
@@ -199,7 +199,7 @@ READ = {
     ),
     "a basis without metadata": (
         lambda: open_store("no-basis").bases["full"],
-        "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`",
+        "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite --store no-basis`",
     ),
     "a flipped bit of a basis": (
         lambda: open_store("bad-basis").bases["full"].read(),
@@ -371,24 +371,43 @@ INFO = {
         lambda: info(open_store("none")),
         "no store at none: run `prep covariance --model X --data Y` first, or name one with --store",
     ),
-    "moments without metadata": (
-        lambda: info(open_store("no-moments")),
-        "no-moments/moments is missing or damaged: restore the store from a copy",
-    ),
-    "a site without metadata": (
-        lambda: info(open_store("no-site")),
+}
+
+MARKED = {
+    "no-moments": ("moments", "no-moments/moments is missing or damaged: restore the store from a copy"),
+    "no-site": (
+        "moments",
         "the moments of model.layers.1.mlp.down_proj are missing or damaged: restore the store from a copy",
     ),
-    "a basis without metadata": (
-        lambda: info(open_store("no-basis")),
-        "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`",
-    ),
+    "no-basis": ("full", "damaged, its zarr.json cannot be read"),
 }
 
 
 @pytest.mark.parametrize("asked", INFO)
 def test_info(here, asked):
     messages.check(*INFO[asked])
+
+
+@pytest.mark.parametrize("store", MARKED)
+def test_info_marks_what_is_damaged(here, store):
+    """One part of a store does not keep the others from being told of."""
+    part, problem = MARKED[store]
+    facts = info(open_store(store))
+    assert {"moments": facts["moments"], **facts["bases"]}[part]["problem"] == problem
+    assert "problem" not in (facts["bases"]["full"] if part == "moments" else facts["moments"])
+
+
+@pytest.mark.parametrize(
+    ("store", "advice"),
+    [
+        ("no-moments", "`prep remove --moments --store no-moments`"),
+        ("no-site", "`prep remove --moments --store no-site`"),
+        ("no-basis", "`prep decompose --store no-basis`, or `prep remove full --store no-basis`"),
+    ],
+)
+def test_info_advises_how_to_mend_what_is_damaged(here, store, advice):
+    [line] = [line for line in table(info(store)) if line.startswith("damaged ")]
+    assert line.endswith(advice)
 
 
 # what `prep verify` finds in them: where, and the sentence
@@ -407,7 +426,12 @@ VERIFY = {
     "no-array": [(MEAN, f"file://no-array/{MEAN} is missing or its metadata is damaged: {COPY_IT}")],
     "no-site": [(f"moments/{DOWN}", f"the moments of {DOWN} are missing or damaged: {COPY_IT}")],
     "no-moments": [("moments", f"no-moments/moments is missing or damaged: {COPY_IT}")],
-    "no-basis": [("bases/full", "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite`")],
+    "no-basis": [
+        (
+            "bases/full",
+            "basis 'full' is missing or damaged: make it anew with `prep decompose --overwrite --store no-basis`",
+        )
+    ],
     "two-damages": [
         (MEAN, f"file://two-damages/{MEAN} (chunk c/0) does not match its checksum: {COPY_IT}"),
         (

@@ -90,8 +90,9 @@ def test_what_is_not_there_is_refused_before_anything_goes(store):
         prep.remove(store)
     with pytest.raises(PrepError, match="is a URL"):
         prep.remove("memory://s", "full")
-    with pytest.raises(StoreError, match="cannot name a basis"):
-        prep.remove(store, "../moments")
+    for name in ("../moments", ".full.new", "zarr.json", "a/b", ""):
+        with pytest.raises(StoreError, match=f"has no basis {name!r}"):
+            prep.remove(store, [name])
     with writer_lock(store), pytest.raises(StoreError, match="is being written by"):
         prep.remove(store, "full")
     assert tiny.contents(store) == before

@@ -14,7 +14,7 @@ from prep.cli import main
 from prep.preprocess.options import CovarianceOptions, DecomposeOptions
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-VERBS = {name: getattr(prep, name) for name in main.commands if name != "info"}
+VERBS = {name: getattr(prep, name) for name in main.commands}
 OF_COMMAND = {"quiet", "as_json"}  # how a result is printed
 OF_PYTHON = {"batches", "mask", "distributed"}  # what a command line cannot say, or finds out by itself
 HEAD = """# Commands

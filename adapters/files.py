@@ -1,0 +1,43 @@
+"""Files that other libraries write for this package: whole or not there, with the permissions of any other file.
+
+safetensors makes its files readable by their owner alone, whatever the umask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Where to write a file that is put in its place at the end, or removed after an error."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        mode = _new_file(partial)
+        yield partial
+        os.chmod(partial, mode)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def readable(folder: Path, pattern: str) -> None:
+    """Give the files in `folder` that match `pattern` the permissions of new files."""
+    probe = folder / f".{os.getpid()}.partial"
+    try:
+        mode = _new_file(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in folder.glob(pattern):
+        os.chmod(path, mode)
+
+
+def _new_file(path: Path) -> int:
+    """Make an empty file; the permissions that the umask gives it."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    return stat.S_IMODE(path.stat().st_mode)
