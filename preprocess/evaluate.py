@@ -35,8 +35,9 @@ def evaluate(
     `decompose` has noted them; with `sample`, or at other ranks, that many of each kind, evenly spread (0: all), are
     decomposed anew. A basis of metric components (EVA) is scored by the share of the input variance that P misses.
 
-    model: a path, hub id or module; by default the store's. revision, trust_remote_code: of a path or hub id. Raises PrepError for bad input, StoreError where a store
-    cannot serve it.
+    model: a path, hub id or module; by default the store's. revision, trust_remote_code: of a path or hub id.
+
+    Raises PrepError for bad input, StoreError where a store cannot serve it.
     """
     asked = open_evaluation(store, on, bases, ranks, sample, model, revision, trust_remote_code)
     return rows_of(Scoring(asked).scores(), asked.bases, asked.ranks)
