@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .preprocess.covariance import covariance as covariance
     from .preprocess.decompose import decompose as decompose
+    from .preprocess.evaluate import evaluate as evaluate
     from .preprocess.verify import verify as verify
     from .store import open_store as open_store
     from .store.info import info as info
@@ -40,6 +41,7 @@ _EXPORTS = {
     "open_store": ".store",
     "covariance": ".preprocess.covariance",
     "decompose": ".preprocess.decompose",
+    "evaluate": ".preprocess.evaluate",
     "attach": ".adapters.attach",
     "detach": ".adapters.attach",
     "merge": ".adapters.attach",

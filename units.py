@@ -66,6 +66,15 @@ def _weighted(text: str) -> tuple[str, float | str]:
     return (name, weight) if mark and name and number and not os.path.exists(text) else (text, 1)
 
 
+def parse_share(share: float | str) -> float:
+    """A share between 0 and 1 from "2%", "0.02" or a number. PrepError for anything else."""
+    match = re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", str(share).lower())
+    value = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < value < 1:
+        raise PrepError(f"{share!r} is not a share between 0 and 1: write it like 2% or 0.02")
+    return value
+
+
 def parse_blocks(text: str | Iterable[int]) -> tuple[int, ...]:
     """Block numbers, ascending, from "0-3,8" or numbers. PrepError for anything else."""
     if not isinstance(text, str):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..store.format.schema import is_url
 from .calibration.estimate import Estimate, announce, estimate
 from .calibration.job import Calibration
 from .calibration.run import Run, finished
+from .calibration.until import grown
 from .corpus.source import Mask, Text, open_source
 from .distributed import World, check_devices, joined, visible_devices
 from .model.loading import load_model
@@ -42,6 +44,8 @@ def covariance(
     template: str | None = None,
     chat_column: str | None = None,
     num_sequences: int = 256,
+    until: float | str | None = None,
+    rank: int | None = None,
     seq_len: int = 512,
     batch_size: int = 8,
     pack: bool = True,
@@ -55,6 +59,7 @@ def covariance(
     device: str | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
+    halves: bool = True,
     compat: str | None = None,
     memory_budget: int | str = "8GB",
     device_memory: int | str | None = None,
@@ -87,13 +92,20 @@ def covariance(
     device: of the model. device_map, max_memory: parts of it on several devices or on disk (see model/placement.py).
     quiet: print errors only. break_lock: take a writer's lock that another machine has left behind.
 
-    A complete store of the same run is returned as it is, an incomplete one is resumed. One of another run, or of
-    batches, is refused, or with `overwrite` replaced when the new one is complete. The state is stored every
-    `checkpoint_every` and on SIGINT (then KeyboardInterrupt is raised) and SIGTERM; not with `batches`.
+    A complete store of the same run is returned as it is, an incomplete one is resumed. A complete one of fewer
+    sequences goes on with the next ones and serves the old moments until it is done; bases made of these go then. One
+    of another run, or of batches, is refused, or with `overwrite` replaced when the new one is complete. The state is
+    stored every `checkpoint_every` and on SIGINT (then KeyboardInterrupt is raised) and SIGTERM; not with `batches`.
 
     Accumulators beyond `memory_budget` are made in several passes. Those of layers on a GPU are kept there, as far as
     `device_memory` (by default what a batch leaves free) allows; products="exact" multiplies half-precision
     activations in float32 there.
+
+    halves: the moments of the first half of the tokens are kept beside those of all (float32), which `evaluate` needs
+    to say what more data would gain; batches whose number is not known have none.
+
+    until: twice as many sequences are read again and again, until the median excess of whitened bases at `rank` (64) is
+    below this share, "2%" or 0.02, or `num_sequences` are in. It begins with what is there, or with two batches.
 
     compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
     the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.
@@ -105,12 +117,15 @@ def covariance(
     """
     options = CovarianceOptions(**locals())
     with joined(distributed) as world:
-        return _calibrate(options, world)
+        world.on_all(_check, options, world, world.all_gather(visible_devices()))
+        if options.until is None:
+            return _calibrate(world, options)
+        return grown(options, world, partial(world.on_all, _load, options, world), partial(_calibrate, world))
 
 
-def _calibrate(options: CovarianceOptions, world: World) -> Store | Estimate | None:
+def _calibrate(world: World, options: CovarianceOptions, module: nn.Module | None = None) -> Any:
+    """module: the model, if it has been loaded."""
     begun = time.monotonic()
-    world.on_all(_check, options, world, world.all_gather(visible_devices()))
     source = world.on_all(open_source, options)
     run = world.on_all(Run.of, options, source)
     if isinstance(source, Text) and options.dry_run:
@@ -119,7 +134,7 @@ def _calibrate(options: CovarianceOptions, world: World) -> Store | Estimate | N
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
             return open_store(options.store) if world.rank == 0 else None
-    module = world.on_all(_load, options, world)
+    module = world.on_all(_load, options, world) if module is None else module
     network = world.on_all(observe, module, source, options)
     if isinstance(source, Text) and options.dry_run:
         return estimate(options, network, source, time.monotonic() - begun)

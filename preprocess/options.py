@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PrepError
-from ..units import blocks_as_text, parse_blocks, parse_mixture, parse_seconds, parse_size
+from ..units import blocks_as_text, parse_blocks, parse_mixture, parse_seconds, parse_share, parse_size
 from .numerics.methods import MOMENT_KINDS, PUBLISHED, one_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ MOMENT_DTYPES = ("float64", "float32")
 MODEL_DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 BASIS_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 PRODUCTS = ("auto", "exact")
+UNTIL_RANK = 64
 COMPATIBLE = ("peft-corda",)
 
 
@@ -45,6 +46,8 @@ class CovarianceOptions:
     template: str | None = None
     chat_column: str | None = None
     num_sequences: int = 256
+    until: float | str | None = None
+    rank: int | None = None
     seq_len: int = 512
     batch_size: int = 8
     pack: bool = True
@@ -58,6 +61,7 @@ class CovarianceOptions:
     device: str | None = None
     device_map: str | Mapping[str, int | str] | None = None
     max_memory: str | Mapping[int | str, int | str] | None = None
+    halves: bool = True
     compat: str | None = None
     memory_budget: int | str = "8GB"
     device_memory: int | str | None = None
@@ -72,6 +76,8 @@ class CovarianceOptions:
     budget: int = field(init=False)  # memory_budget in bytes
     room: int | None = field(init=False)  # device_memory in bytes
     every: float = field(init=False)  # checkpoint_every in seconds
+    share: float = field(init=False)  # until; 0 where there is none
+    at_rank: int = field(init=False)  # rank, or its default
     sources: tuple[tuple[str, int], ...] = field(init=False)  # of `data`, with their weights
 
     def __post_init__(self) -> None:
@@ -82,6 +88,8 @@ class CovarianceOptions:
         given = asked if asked is None or str(asked).strip() == "0" else parse_size(asked)
         object.__setattr__(self, "room", None if given is None else int(given))
         object.__setattr__(self, "every", parse_seconds(self.checkpoint_every))
+        object.__setattr__(self, "share", 0.0 if self.until is None else parse_share(self.until))
+        object.__setattr__(self, "at_rank", UNTIL_RANK if self.rank is None else self.rank)
         object.__setattr__(self, "sources", () if self.data is None else parse_mixture(self.data))
         for name in ("targets", "exclude"):
             value = getattr(self, name)
@@ -101,11 +109,27 @@ class CovarianceOptions:
             if self.moment != "full" or not self.named:
                 raise PrepError("--compat peft-corda needs --moment full and a model by path or hub id")
         self._check_inputs()
+        self._check_until()
 
     @property
     def named(self) -> bool:
         """Whether the model is a path or hub id, not a module."""
         return isinstance(self.model, str)
+
+    def _check_until(self) -> None:
+        """Refuse what --until cannot be judged by."""
+        if self.until is None and self.rank is not None:
+            raise PrepError("--rank belongs to --until: give a share such as --until 2%")
+        if self.until is None:
+            return
+        if self.at_rank < 1:
+            raise PrepError(f"--rank {self.rank} is too small: ask for at least 1")
+        if self.batches is not None or self.dry_run:
+            raise PrepError("--until reads more text as it goes: it needs --data, and no --dry-run")
+        if self.moment == "diagonal" or not self.halves:
+            raise PrepError(
+                "--until needs both halves of the moments, full or output: leave out --no-halves and --moment diagonal"
+            )
 
     def _check_inputs(self) -> None:
         """Refuse combinations of model, data and batches that make no sense."""

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from .artifact import Store, create_store, open_store
     from .bases import Bases, BasisWriter
     from .basis import Basis, BasisSet, LayerRecord
-    from .moments import LayerMoment, Moments, SiteData, begin_moments, read_site, write_site
+    from .moments import LayerMoment, Moments, begin_moments
+    from .site import SiteData, read_site, write_site
 
 _EXPORTS = {
     **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
     **dict.fromkeys(("Bases", "BasisWriter"), ".bases"),
     **dict.fromkeys(("Basis", "BasisSet", "LayerRecord"), ".basis"),
-    **dict.fromkeys(("LayerMoment", "Moments", "SiteData", "begin_moments", "read_site", "write_site"), ".moments"),
+    **dict.fromkeys(("LayerMoment", "Moments", "begin_moments"), ".moments"),
+    **dict.fromkeys(("SiteData", "read_site", "write_site"), ".site"),
 }
 
 __all__ = [

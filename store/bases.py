@@ -191,7 +191,8 @@ class BasisWriter:
         for role, value in (("S", done.S), ("spectrum", done.spectrum)):
             self._rows[shape, role][i] = value
             self._changed.add(((shape, role), i // self._arrays[shape, role].layout.chunks[0]))
-        self._attrs["layers"][done.layer] = dict(vars(done.record))
+        said = {name: value for name, value in vars(done.record).items() if name != "crossed" or value is not None}
+        self._attrs["layers"][done.layer] = said
         if time.monotonic() > self._due:
             self.flush()
 

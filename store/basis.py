@@ -8,6 +8,7 @@ spectrum (n, k)   singular values of W M, float64, descending
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +35,8 @@ class LayerRecord:
     rank: stored directions; energy: their share of sum S^2; tail: sqrt of the sum of S_i^2 of all others, which is
     ||(W - U S P) M||_F; bound: certified factor of tail^2 over its optimum (1 where the solver is exact). hash: of U,
     P, S and the spectrum, by which `verify` knows them; checksums: of their parts, by which a slice is known.
+    crossed: for some layers, at `ranks`, what bases of the two parts of the tokens lose (lists `unseen`, `excess` and
+    `least`, in shares of E||W x||^2, see `prep evaluate`).
     """
 
     shape: tuple[int, int]
@@ -48,6 +51,7 @@ class LayerRecord:
     weight_dtype: str
     hash: str = ""
     checksums: str = ""
+    crossed: dict[str, Any] | None = None
 
 
 Place = tuple[tuple[int, int], str]  # shape (d_out, d_in) and role of an array
@@ -64,7 +68,18 @@ def _record(layer: str, fields: dict[str, Any], layers: list[str], rank: int) ->
     digits = _DIGITS * 2 * (_slabs(rank) + 1)
     if record.checksums and (len(record.checksums) != digits or not re.fullmatch("[0-9a-f]+", record.checksums)):
         raise ValueError(layer)
+    if record.crossed is not None:
+        _check_crossed(record.crossed, layer)
     return record
+
+
+def _check_crossed(crossed: dict[str, Any], layer: str) -> None:
+    ranks = crossed["ranks"]
+    lists = [crossed[name] for name in ("unseen", "excess", "least")]
+    if not ranks or ranks[0] < 1 or ranks != sorted(set(ranks)) or any(len(ranks) != len(values) for values in lists):
+        raise ValueError(layer)
+    if not all(0 <= value < math.inf for values in lists for value in values):
+        raise ValueError(layer)
 
 
 def _slabs(rank: int) -> int:

@@ -16,6 +16,7 @@ from .artifact import Store, open_store
 from .bases import Bases
 from .basis import BasisSet
 from .condition import fault
+from .excess import advice, excess_of, percent
 
 
 def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
@@ -43,6 +44,8 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
         bases[name] = _basis(basis)
     for group in groups.values():
         group["energy"] = {name: statistics.median(values) for name, values in group["energy"].items()}
+    removed = store.attrs.get("removed") or {}
+    tokens = (store.corpus or removed.get("corpus") or {}).get("tokens", 0)
     return {
         "store": store.location,
         "status": store.status,
@@ -51,9 +54,10 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
         "bytes": _stored_bytes(store.root),
         "model": store.model,
         "corpus": store.corpus,
-        "removed": store.attrs.get("removed"),
+        "removed": removed or None,
         "moments": summary,
         "bases": bases,
+        "advice": advice(tokens, [basis.get("excess") for basis in bases.values()]),
         "layers": groups,
         "run": store.attrs.get("run"),
     }
@@ -86,13 +90,14 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
         "dtype": basis.dtype,
         "hash": basis.hash,
         "energy": statistics.median(r.energy for r in records) if records else None,
+        "excess": excess_of(basis),
         "unresolved": sum(r.rank > r.numerical_rank for r in records),
         "bytes": _stored_bytes(basis._group),
     }
 
 
 def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]) -> dict[str, Any]:
-    key = _pattern(layer)
+    key = pattern(layer)
     key = key if groups.get(key, {"shape": shape})["shape"] == shape else layer
     group = groups.setdefault(key, {"layers": [], "shape": shape, "moment": None, "tokens": None, "energy": {}})
     if layer not in group["layers"]:
@@ -139,7 +144,8 @@ def table(facts: dict[str, Any]) -> list[str]:
             lines.append(f"damaged  basis {name}: it is {basis['problem']}; {again}")
     bases = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     if bases:
-        lines += ["", *_aligned([_COLUMNS, *(_row(name, basis) for name, basis in bases.items())])]
+        lines += ["", *aligned([_COLUMNS, *(_row(name, basis) for name, basis in bases.items())])]
+        lines += [facts["advice"]] if facts["advice"] else []
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]
     for name, group in facts["layers"].items():
@@ -148,12 +154,12 @@ def table(facts: dict[str, Any]) -> list[str]:
         energy = group["energy"]
         energies.append([name, *(f"{energy[basis]:.3f}" if basis in energy else "" for basis in bases)])
     if len(layers) > 1:
-        lines += ["", *_aligned(layers)]
-    lines += ["", *_aligned(energies)] if bases else []
+        lines += ["", *aligned(layers)]
+    lines += ["", *aligned(energies)] if bases else []
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a store may hold escape codes
 
 
-_COLUMNS = ["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "dtype", "MB"]
+_COLUMNS = ["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "excess", "dtype", "MB"]
 
 
 def _row(name: str, basis: dict[str, Any]) -> list[str]:
@@ -171,6 +177,7 @@ def _row(name: str, basis: dict[str, Any]) -> list[str]:
         "" if plain else damping,
         count,
         "" if basis["energy"] is None else f"{basis['energy']:.3f}",
+        "" if basis["excess"] is None else percent(basis["excess"]["relative"]),
         basis["dtype"],
         "" if basis["bytes"] is None else f"{basis['bytes'] / 1e6:,.0f}",
     ]
@@ -205,18 +212,19 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
     """Layers with the reason, one line for those that differ in their numbers only."""
     groups: dict[tuple[str, str], list[str]] = {}
     for layer, reason in skipped.items():
-        groups.setdefault((_pattern(layer), reason), []).append(layer)
+        groups.setdefault((pattern(layer), reason), []).append(layer)
     return [
         f"{layers[0]}: {reason}" if len(layers) == 1 else f"{pattern} ({len(layers)}): {reason}"
         for (pattern, reason), layers in groups.items()
     ]
 
 
-def _pattern(layer: str) -> str:
+def pattern(layer: str) -> str:
+    """The kind of a layer: its name with a star for every number."""
     return ".".join("*" if part.isdigit() else part for part in layer.split("."))
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Columns aligned: the first to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [all(row[i][:1].isdigit() or not row[i] for row in rows[1:]) for i in range(len(rows[0]))]

@@ -25,8 +25,10 @@ from .format import schema
 from .format.documents import Layout, document
 from .manifest import basis_entries, files, site_entries
 from .moments import LayerMoment
+from .site import HALF, VECTORS
 
 MOMENT_ROUNDING = 1e-5  # of the trace: float32 products of 2,048 tokens err by 5.4e-6 where a channel is constant
+HALF_ROUNDING = 2.0**-22  # of the trace: a half is float32
 
 
 @dataclass(frozen=True)
@@ -122,29 +124,66 @@ def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
             if hashes.get(name) != schema.content_hash(schema.as_stored(part, array.dtype) for part in parts):
                 report.add(f"{top}/{name}", "the values do not match their hash: restore the store from a copy")
             values[name] = parts
-    if not numerics or "mean" not in values:
+    if not numerics:
+        return
+    own: dict[str, list[Tensor]] = {}
+    half: dict[str, list[Tensor]] = {}
+    for name, parts in values.items():
+        (half if name.startswith(f"{HALF}/") else own)[name.removeprefix(f"{HALF}/")] = parts
+    _sample(top, own, report)
+    if moment.half is not None:
+        _sample(f"{top}/{HALF}", half, report)
+        _others(top, own, half, moment.half.share, report)
+
+
+def _sample(top: str, values: Mapping[str, list[Tensor]], report: Report) -> None:
+    """Whether arrays of a site, vectors or panels by name, can be the moments of one sample."""
+    if "mean" not in values:
         return
     mean = values["mean"][0].double()
     if "diagonal" in values:
         diagonal = values["diagonal"][0].double()
         if bool((diagonal - mean**2 < -MOMENT_ROUNDING * diagonal.abs()).any()):
             report.add(f"{top}/diagonal", "E[x_i^2] is below E[x_i]^2: these are no moments of one sample")
-    for name, parts in values.items():
-        if moment.arrays[name].lower and not _definite(parts, mean if name == "second_moment" else None):
+    for name in values.keys() - set(VECTORS):
+        C = _lower(values[name])
+        slack = MOMENT_ROUNDING * float(C.diagonal().sum())
+        if name == "second_moment":
+            C -= torch.outer(mean, mean)  # the factorisation looks at the lower triangle only
+        if not _definite(C, slack):
             what = "C - E[x] E[x]^T" if name == "second_moment" else "the moment"
             report.add(f"{top}/{name}", f"{what} is not positive semi-definite: these are no moments of a sample")
 
 
-def _definite(panels: list[Tensor], mean: Tensor | None) -> bool:
-    """Whether C, less mean mean^T, plus `MOMENT_ROUNDING` of its trace has a Cholesky factor."""
+def _others(
+    top: str, whole: Mapping[str, list[Tensor]], half: Mapping[str, list[Tensor]], share: float, report: Report
+) -> None:
+    """Whether what a site's matrices are without its first half can be the moments of the other tokens."""
+    noted = {finding.where for finding in report.findings}
+    for name in (whole.keys() & half.keys()) - set(VECTORS):
+        if noted & {f"{top}/{name}", f"{top}/{HALF}/{name}"}:
+            continue
+        C = _lower(whole[name])
+        slack = HALF_ROUNDING * float(C.diagonal().sum())
+        C -= share * _lower(half[name])
+        if not _definite(C, slack + MOMENT_ROUNDING * float(C.diagonal().sum())):
+            report.add(
+                f"{top}/{HALF}/{name}", "C - share C_half is not positive semi-definite: this is no part of the sample"
+            )
+
+
+def _lower(panels: list[Tensor]) -> Tensor:
+    """The lower triangle (d, d) that panels make up, float64."""
     d = panels[-1].shape[1]
     C = torch.zeros(d, d, dtype=torch.float64)
     for (a, b), panel in zip(schema.panels(d), panels, strict=True):
         C[a:b, :b] = panel
-    trace = float(C.diagonal().sum())
-    if mean is not None:
-        C -= torch.outer(mean, mean)  # the factorisation looks at the lower triangle only
-    C.diagonal().add_(MOMENT_ROUNDING * trace + torch.finfo(torch.float64).tiny)
+    return C
+
+
+def _definite(C: Tensor, slack: float) -> bool:
+    """Whether C + slack I has a Cholesky factor; C is given up."""
+    C.diagonal().add_(slack + torch.finfo(torch.float64).tiny)
     return int(torch.linalg.cholesky_ex(C).info) == 0
 
 

@@ -8,6 +8,7 @@ from .artifact import Store
 from .basis import BasisSet, group_key
 from .format.documents import Layout
 from .moments import LayerMoment
+from .site import HALF
 
 
 def manifest(store: Store) -> dict[str, Layout | None]:
@@ -35,6 +36,10 @@ def site_entries(moment: LayerMoment) -> dict[str, Layout | None]:
     entries: dict[str, Layout | None] = {top: None}
     if moment.kind == "output":
         entries[f"{top}/output"] = None
+    if moment.half is not None:
+        entries[f"{top}/{HALF}"] = None
+        if moment.kind == "output":
+            entries[f"{top}/{HALF}/output"] = None
     return entries | {f"{top}/{name}": layout for name, layout in moment.arrays.items()}
 
 

@@ -13,6 +13,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from .artifact import Store, create_store, open_store
 from .checkpoint import finish
 from .format.schema import child, content_hash, disk_guard, is_url
 from .lock import writer_lock
-from .moments import SiteData, begin_moments, read_site, write_site
+from .moments import begin_moments
+from .site import SiteData, read_site, write_site
 from .staging import check_replaceable, occupied, overlap, replacement
 from .transfer import verified
 
@@ -88,7 +90,20 @@ def _write(
 
 
 def _combined(parts: list[SiteData], weights: Sequence[float]) -> SiteData:
-    """The moments of one site over all parts; their arrays are given up."""
+    """The moments of one site over all parts, and those of their first halves where all have one."""
+    halves = [part.half for part in parts if part.half is not None]
+    data = _mixed(parts, weights)
+    if len(halves) < len(parts):
+        return data
+    inside = [weight * part.count * half.share for weight, part, half in zip(weights, parts, halves, strict=True)]
+    total = sum(weight * part.count for weight, part in zip(weights, parts, strict=True))
+    # the weights by which each half has the share in the mixture that its tokens have
+    own = [within / half.count for within, half in zip(inside, halves, strict=True)]
+    return replace(data, half=replace(_mixed(halves, own), share=sum(inside) / total))
+
+
+def _mixed(parts: Sequence[SiteData], weights: Sequence[float]) -> SiteData:
+    """`sum w_i n_i C_i / sum w_i n_i`; the arrays of the parts are given up."""
     total = sum(weight * part.count for part, weight in zip(parts, weights, strict=True))
     shares = [weight * part.count / total if total else 0.0 for part, weight in zip(parts, weights, strict=True)]
 

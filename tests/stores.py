@@ -20,13 +20,25 @@ def everything(path):
     for layer in moments:
         one = moments[layer]
         out[layer] = [one.kind, one.count, one.members, one.hash, one.shape, one.mean.tolist(), one.diagonal.tolist()]
-        out[layer].append((one.output if one.kind == "output" else one.second_moment).tolist())
+        out[layer].append(_matrix(one))
+        if (half := one.half) is not None:
+            out[f"half of {layer}"] = [
+                half.count,
+                half.share,
+                half.mean.tolist(),
+                half.diagonal.tolist(),
+                _matrix(half),
+            ]
     for name, basis in store.bases.items():
         out[name] = [basis.method, basis.dtype, basis.model, basis.hash, basis.expected]
         for layer, one in basis.read().items():
             values = (one.U, one.S, one.P, one.spectrum)
             out[f"{name} {layer}"] = [asdict(one.record), *(value.double().tolist() for value in values)]
     return out
+
+
+def _matrix(one):
+    return (one.output if one.kind == "output" else one.second_moment).tolist()
 
 
 def files(path):

@@ -59,7 +59,8 @@ def estimate(options: CovarianceOptions, network: Network, source: Text, loading
     """Run a sequence and then the first batch through every pass, and extrapolate. loading: seconds until now."""
     devices, limit = place_sums(network, source, options.room, ALONE)
     budget = limit if devices else options.budget
-    plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices)
+    halves = options.halves and source.half > 0
+    plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices, halves=halves)
     batches = len(source.corpus.sequences) / source.batch_size
     inputs = next(source.read())
     seconds = loading

@@ -10,18 +10,14 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-
-from ...errors import Interrupted, PrepError
+from ...errors import Interrupted, PrepError, StoreError
 from ...precision import exact
 from ...store import SiteData, Store, begin_moments, create_store, open_store, write_site
-from ...store.checkpoint import begin_slot, finish, read_checkpoint, read_sums, use_slot, write_sums
+from ...store.checkpoint import begin_half, begin_slot, finish, read_sums, use_slot, write_half, write_sums
 from ...store.format.schema import DTYPES, disk_guard, put_attributes
 from ...store.lock import writer_lock
 from ...store.moments import skip_sites
@@ -31,15 +27,16 @@ from ..distributed import World
 from ..model.forward import evaluating
 from ..model.network import Network
 from ..model.sites import Site
-from ..numerics.accumulators import SiteSums, mapped, moments_of
-from ..numerics.device_sums import DeviceSums
+from ..numerics.accumulators import moments_of
 from ..options import CovarianceOptions
 from ..progress import Progress, say
 from .devices import place_sums
 from .part import Batch, Part
 from .plan import Plan, make_plan, too_few_tokens
-from .run import Run, find, is_done
+from .run import Run
 from .signals import Signals
+from .state import State, look, undo
+from .sums import stored_sums, whole_sums, with_half
 from .writers import Writers
 
 CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
@@ -60,14 +57,17 @@ class Calibration:
         self._quiet = options.quiet or world.rank > 0
         self._signals, self._seen = Signals(), dict[str, int]()  # tokens by site
         self._root: Any = None
+        self._created = False  # by this process
 
     def __enter__(self) -> Calibration:
         with contextlib.ExitStack() as stack:
             stack.enter_context(disk_guard(self._options.store))
-            path, self._begun, self._complete, state = self._world.on_rank_zero(self._open, stack)
-            self._path = Path(path)
-            self._slot, self._stored = state["slot"], set(state["sites"])
-            self._done, self._batches = set(state["done"]), state["batches"]
+            state = self._world.on_rank_zero(self._open, stack)
+            self._path, self._begun, self._complete = Path(state.path), state.begun, state.complete
+            self._slot, self._stored = state.slot, set(state.sites)
+            self._done, self._batches = set(state.done), state.batches
+            self._first, self._base = state.first, state.base(self._options)
+            self._source = self._source.after(state.first)
             sources = (self._network, self._source, self._options.room, self._world)
             self._devices, self._limit = ({}, 0) if self._complete else place_sums(*sources)
             plan = self._world.on_all(self._plan)
@@ -87,7 +87,13 @@ class Calibration:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return self._held.__exit__(kind, error, trace)
+        try:
+            if error is not None and self._created:
+                with contextlib.suppress(StoreError, OSError):  # the first error is the one to tell
+                    undo(str(self._path), self._existing)
+        finally:
+            suppressed = self._held.__exit__(kind, error, trace)
+        return suppressed
 
     def parts(self) -> Iterator[Part]:
         """The passes that are left, the first one with the sums that an interrupted run has stored."""
@@ -131,7 +137,9 @@ class Calibration:
         with Writers() as writers:
             for site in part.sites:
                 sums = part.sums.pop(site.name)
-                if site.name not in idle and (data := self._whole(part, site.name, sums, counts)) is not None:
+                if site.name in idle:
+                    continue
+                if (data := whole_sums(part, site.name, sums, counts, self._world)) is not None:
                     writers.submit(self._write_site, root, site, data)
         self._world.barrier()
         self._done |= {site.name for site in part.sites}
@@ -141,7 +149,9 @@ class Calibration:
 
     def _write_site(self, root: Any, site: Site, sums: SiteData) -> None:
         dtype, members = self._options.moment_dtype, {name: self._network.weights[name] for name in site.members}
-        write_site(root["moments"], site.name, moments_of(site.name, sums, members, DTYPES[dtype]), dtype)
+        moments = moments_of(site.name, sums, members, DTYPES[dtype])
+        moments = with_half(root, site.name, moments, self._base) if self._options.halves else moments
+        write_site(root["moments"], site.name, moments, dtype)
 
     def store(self) -> Store | None:
         """The finished store, in the place that was asked for, on the process that wrote it; None on the others."""
@@ -153,33 +163,19 @@ class Calibration:
 
     # What is there
 
-    def _open(self, stack: contextlib.ExitStack) -> tuple[str, bool, bool, dict[str, Any]]:
-        """Take the lock and look at the store: its path, whether it exists, whether it is done, and how far it got."""
-        options, where = self._options, {"slot": 0, "sites": [], "done": [], "batches": 0}
-        stack.enter_context(writer_lock(options.store, options.break_lock))
-        path, existing = find(options, self._run)
-        self._existing = existing
-        if existing is None:
-            return str(path), False, False, where
-        if is_done(existing):
-            say(f"{options.store} is complete and was made with the same options: nothing to do", self._quiet)
-            return str(path), True, True, where
-        if existing.status == "complete":  # bases only, which are kept
-            return str(path), False, False, where
-        known = read_checkpoint(existing.root)
-        if known is None:
-            say(f"{options.store} is incomplete and holds no checkpoint: begun anew", self._quiet)
-            return str(path), False, False, where
-        sites = f"{len(known['done'])} of {len(self._network.sites)} sites are done"
-        say(f"{options.store} is incomplete: resumed after {known['batches']} batches, {sites}", self._quiet)
-        return str(path), True, False, {name: known[name] for name in where}
+    def _open(self, stack: contextlib.ExitStack) -> State:
+        """Take the lock and look."""
+        stack.enter_context(writer_lock(self._options.store, self._options.break_lock))
+        state, self._existing = look(self._options, self._run, len(self._network.sites), self._quiet)
+        return state
 
     def _plan(self) -> Plan:
         """The passes that are left."""
         left = [] if self._complete else [site for site in self._network.sites if site.name not in self._done]
         options = self._options
         budget = self._limit if self._devices else options.budget
-        plan = make_plan(left, self._network.kinds, budget, options.moment_dtype, self._stored, self._devices)
+        kinds, halves = self._network.kinds, options.halves and (self._source.half > 0 or self._first > 0)
+        plan = make_plan(left, kinds, budget, options.moment_dtype, self._stored, self._devices, halves)
         if len(plan.passes) > 1 and self._source.once:
             raise PrepError(
                 f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
@@ -195,12 +191,23 @@ class Calibration:
         return Progress("covariance", total, source.unit, self._quiet, ready)
 
     def _restore(self, part: Part) -> None:
-        """Put the stored sums into those of their owners; they are of the first part only."""
+        """Put the stored sums into those of their owners; they are of the first part only.
+
+        Other parts begin with the moments of the store that grows.
+        """
+        stored = self._stored & part.sums.keys()
         if self._world.writes:
-            for name in self._stored & part.sums.keys():
-                if part.owners[name] == self._world.rank:
-                    part.sums[name].restore(read_sums(self._begin(), self._slot, name))
+            for name in part.sums:
+                if part.owners[name] == self._world.rank and (sums := self._begun_sums(name, stored)) is not None:
+                    part.sums[name].restore(sums)
         self._stored = set()
+        if self._first and not stored and self._options.halves and not self._source.half:
+            self._keep_half(part)
+
+    def _begun_sums(self, site: str, stored: set[str]) -> SiteData | None:
+        if site in stored:
+            return read_sums(self._begin(), self._slot, site)
+        return stored_sums(self._base, site) if self._base is not None and not stored else None
 
     # What is kept
 
@@ -214,6 +221,8 @@ class Calibration:
         begin = number - self._world.rank
         self._batches = self._source.end(begin + self._world.size)
         self._progress.advance(self._source.size(begin, self._batches))
+        if self._options.halves and begin < self._source.half <= self._batches < self._source.count:
+            self._keep_half(part)
         due = self._world.rank == 0 and time.monotonic() >= self._due
         signal, store = self._world.max(self._signals.number, due)
         if not signal and not store:
@@ -232,30 +241,31 @@ class Calibration:
         slot = self._world.on_rank_zero(begin_slot, root)
         with Writers() as writers:
             for name, sums in part.sums.items():
-                if (data := self._whole(part, name, sums, counts)) is not None:
+                if (data := whole_sums(part, name, sums, counts, self._world)) is not None:
                     writers.submit(write_sums, root, slot, name, data)
         self._world.barrier()
         if self._world.rank == 0:
             self._use(slot, part.sums)
 
+    def _keep_half(self, part: Part) -> None:
+        """Store the moments of the tokens so far. A run that resumes from before this point comes here again."""
+        root, counts = self._begin(), self._counts(part)
+        self._world.on_rank_zero(begin_half, root)
+        with Writers() as writers:
+            for name, sums in part.sums.items():
+                if not counts[name]:
+                    continue
+                if (data := whole_sums(part, name, sums, counts, self._world)) is not None:
+                    writers.submit(write_half, root, name, data)
+        self._world.barrier()
+
     def _use(self, slot: int, sites: Any) -> None:
         order = [site.name for site in self._network.sites if site.name in self._done]
-        use_slot(self._root, slot, sites, {"done": order, "batches": self._batches})
+        use_slot(self._root, slot, sites, {"done": order, "batches": self._batches, "first": self._first})
 
     def _counts(self, part: Part) -> dict[str, int]:
         """Tokens of every site, of all processes."""
         return self._world.sum({name: sums.count for name, sums in part.sums.items() if sums.kept})
-
-    def _whole(self, part: Part, name: str, sums: SiteSums | DeviceSums, counts: dict[str, int]) -> SiteData | None:
-        """The sums of a site over all processes, on the host of the one that writes them; None on the others."""
-        world, owner = self._world, part.owners[name]
-        if part.on_devices:
-            data = mapped(sums.data(), partial(world.reduce_to, owner))
-            return replace(mapped(data, Tensor.cpu), count=counts[name]) if world.rank == owner else None
-        if not sums.kept:
-            return None
-        data = replace(mapped(sums.data(), world.reduce), count=counts[name])
-        return data if world.writes else None
 
     def _begin(self) -> Any:
         """The store's root for writing, made now if it was not there; None on a node that does not write."""
@@ -267,6 +277,7 @@ class Calibration:
         return self._root
 
     def _create(self) -> None:
+        self._created = True
         attrs = self._run.attributes()
         if self._existing is None:
             root = create_store(self._path, attrs).root
@@ -286,4 +297,7 @@ class Calibration:
             run = {**self._run.attributes()["run"], "seconds": round(time.monotonic() - self._started, 3)}
             finish(self._begin(), {"status": "complete", "corpus": corpus, "id": self._run.id(corpus), "run": run})
         if self._path != Path(resolved(self._options.store)):
+            bases = ", ".join(self._base.bases) if self._base is not None else ""
             put_in_place(self._path, self._options.store)
+            if bases:
+                say(f"bases {bases} of {self._first} sequences are gone: run `prep decompose` again", self._quiet)

@@ -33,13 +33,15 @@ def make_plan(
     moment_dtype: str,
     under_way: Collection[str] = (),
     devices: Mapping[str, Any] | None = None,
+    halves: bool = False,
 ) -> Plan:
     """Cut `sites` into as few passes as the budget (bytes) allows, filling each in call order.
 
     devices: site name -> the device that keeps its sums; each has the budget. All on the host by default.
 
     under_way: names of sites of which an interrupted pass has left sums. They make up the first pass, as many as fit;
-    the others begin anew. PrepError if one site alone is over the budget.
+    the others begin anew. halves: the moments of the first half are kept too, in float32. PrepError if one site alone
+    is over the budget.
     """
     sizes = {site.name: 8 * site_elements(kinds[site.name], site.shapes) for site in sites}
     places = devices or dict.fromkeys(sizes, "host")
@@ -48,7 +50,8 @@ def make_plan(
     passes = [*first, *_filled(rest, sizes, budget, places)]
     memory = max((sum(sizes[site.name] for site in part) for part in passes), default=0)
     stored = sum(sizes.values()) // (1 if moment_dtype == "float64" else 2)
-    return Plan(tuple(map(tuple, passes)), memory, stored, 2 * memory)
+    half = sum(sizes.values()) // 2 if halves else 0
+    return Plan(tuple(map(tuple, passes)), memory, stored + half, 2 * memory + half)
 
 
 def _filled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from typing import Any
 from ... import __version__
 from ...errors import PrepError
 from ...store import Store, open_store
+from ...store.checkpoint import read_checkpoint
 from ...store.format.schema import content_hash
 from ...store.staging import beside, resolved
-from ..corpus.source import Source
+from ..corpus.source import Source, Text
 from ..hub import absolute_if_local
 from ..model import loading
 from ..model.network import Network
 from ..options import CovarianceOptions
 
 _ARCHITECTURE = ("id", "revision", "config_hash")
+_AMOUNT = ("num_sequences", "tokens", "hash", "mixture")  # of a corpus: how much of the data was taken
 _FOLLOWS = ("corpus tokens:", "corpus hash:")  # from other options
 _WEIGHTS = "weights"  # entry of the model's description: a hash over those of all calibrated layers
 
@@ -29,6 +32,7 @@ _WEIGHTS = "weights"  # entry of the model's description: a hash over those of a
 class Run:
     """What determines a calibration: model, corpus and options, as the root attributes of its store keep them.
 
+    begins: the hash of the first so many sequences of the corpus, None for batches.
     files: names, sizes and times of the checkpoint's files, by which a later run recognises them without reading them.
     The model is described in full when it is loaded, see `loaded`.
     """
@@ -38,6 +42,7 @@ class Run:
     options: dict[str, Any]
     files: str | None
     revision: str | None = None  # of the model, if one was asked for
+    begins: Callable[[int], str] | None = None
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     @classmethod
@@ -58,7 +63,8 @@ class Run:
         else:
             known = {"id": None, "revision": None, "config_hash": loading.model_hash(options.model)}
             chosen["dtype"] = options.dtype
-        return cls(known, source.about, chosen | source.options, files, options.revision)
+        begins = source.corpus.hash_of if isinstance(source, Text) else None
+        return cls(known, source.about, chosen | source.options, files, options.revision, begins)
 
     def loaded(self, network: Network) -> Run:
         """The run with the loaded model's class, dtype, revision and a hash of its weights."""
@@ -85,13 +91,20 @@ class Run:
         return content_hash([json.dumps({"model": model, "corpus": corpus, "options": self.options}, sort_keys=True)])
 
     def differences(self, store: Store) -> list[str]:
-        """How the run that a store describes differs from this one; for a store of bases only, how its model does."""
+        """How the run that a store describes differs from this one; for a store of bases only, how its model does.
+
+        A complete store of fewer sequences differs where the corpus does not begin with them.
+        """
         model, options = {**self.model, "revision": self.revision}, {"products": None, **self.options}
         wanted = {"model": model, "corpus": self.corpus, "options": options}
         there = {**store.attrs, **_removed(store)}
         if there["corpus"] is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
         different = []
+        if fewer := self._fewer(store):
+            wanted["corpus"] = {name: value for name, value in self.corpus.items() if name not in _AMOUNT}
+            if not self.growth(store):
+                different.append(f"corpus: the data does not begin with the {fewer} sequences calibrated on")
         for section, values in wanted.items():
             for key, value in values.items():
                 known = there[section].get(key)
@@ -100,14 +113,25 @@ class Run:
                     different.append(f"{section} {key}: {known!r} there, {value!r} asked for")
         return different
 
+    def growth(self, store: Store) -> int:
+        """The number of sequences of a complete store with which the corpus begins and goes on; 0 for any other."""
+        fewer = self._fewer(store)
+        same = fewer and self.begins is not None and self.begins(fewer) == store.attrs["corpus"].get("hash")
+        return fewer if same else 0
+
+    def _fewer(self, store: Store) -> int:
+        """The number of sequences of a complete store if more are asked for, otherwise 0."""
+        known = (store.corpus or {}).get("num_sequences") if store.status == "complete" else None
+        return known if self.begins is not None and known and known < self.corpus["num_sequences"] else 0
+
 
 def finished(options: CovarianceOptions, run: Run) -> Store | None:
     """The existing store, if it is complete, of this run and of the same model files; no lock is taken.
 
     PrepError where it is of another run, unless it is to be overwritten.
     """
-    _, store = find(options, run)
-    if store is None or options.overwrite or not is_done(store):
+    path, store = find(options, run)
+    if store is None or path != Path(resolved(options.store)) or options.overwrite or not is_done(store):
         return None
     same_files = run.files is not None and (store.attrs.get("run") or {}).get("files") == run.files
     return store if same_files else None
@@ -116,28 +140,41 @@ def finished(options: CovarianceOptions, run: Run) -> Store | None:
 def find(options: CovarianceOptions, run: Run) -> tuple[Path, Store | None]:
     """Where this run is kept, and the store that is there: of this run, or of bases that it adds moments to.
 
-    What is to be overwritten stays until the new store is complete, which is built beside it; an unfinished store of
-    this run is not overwritten but resumed. PrepError where another run is in the way.
+    What is to be overwritten, or to grow, stays until the new store is complete, which is built beside it; an
+    unfinished store of this run is not overwritten but resumed. PrepError where another run is in the way.
     """
     place = Path(resolved(options.store))
     existing = _store_at(place)
     if existing is None:
         return place, None
     differences = run.differences(existing)
-    held = "moments" if existing.corpus is not None else "bases of removed moments" if _removed(existing) else ""
+    held = ""
+    if existing.corpus is not None:
+        held = "moments" if _holds_moments(existing) else ""
+    elif _removed(existing):
+        held = "bases of removed moments"
     own_batches = held if run.corpus["source"] == "batches" else ""
     if not options.overwrite:
         if differences or own_batches:
             raise PrepError(_refusal(options, differences, own_batches))
-        return place, existing
-    if _is_resumable(existing, run):
+        if not run.growth(existing):
+            return place, existing
+    elif _is_resumable(existing, run):
         return place, existing
     place = beside(place)
     existing = _store_at(place)
     mine = existing is not None and (
-        _is_resumable(existing, run) or (is_done(existing) and not run.differences(existing))
+        _is_resumable(existing, run)
+        or (is_done(existing) and not run.differences(existing) and not run.growth(existing))
     )
     return place, existing if mine else None
+
+
+def begun_from(options: CovarianceOptions, run: Run) -> tuple[Store | None, int]:
+    """The complete store of fewer sequences that this run goes on from, and their number; None and 0 otherwise."""
+    store = None if options.overwrite else _store_at(Path(resolved(options.store)))
+    first = run.growth(store) if store is not None else 0
+    return (store, first) if first else (None, 0)
 
 
 def _is_resumable(store: Store, run: Run) -> bool:
@@ -149,6 +186,11 @@ def _is_resumable(store: Store, run: Run) -> bool:
 def _removed(store: Store) -> dict[str, Any]:
     """Corpus, options and id of moments that `prep remove` took out of a store."""
     return store.attrs.get("removed") or {}
+
+
+def _holds_moments(store: Store) -> bool:
+    """Whether anything would be lost if a calibration were begun anew."""
+    return store.status == "complete" or read_checkpoint(store.root) is not None
 
 
 def is_done(store: Store) -> bool:

@@ -43,19 +43,30 @@ Mask = Callable[[Any], Tensor | None]
 
 
 class Text:
-    """A corpus in batches of `batch_size` sequences, for a transformers model."""
+    """A corpus in batches of `batch_size` sequences, from sequence number `first` on, for a transformers model.
+
+    total, count: tokens and batches from there on; half: how many of these are in when half of the whole corpus is.
+    """
 
     unit = "tokens"
     once = False
     resumable = True
 
-    def __init__(self, corpus: Corpus, batch_size: int):
-        self.corpus, self.batch_size = corpus, batch_size
+    def __init__(self, corpus: Corpus, batch_size: int, first: int = 0):
+        self.corpus, self.batch_size, self._first = corpus, batch_size, first
         self.options = {"batch_size": batch_size}
-        self.total = corpus.tokens
+        self.total = sum(map(len, corpus.sequences[first:]))
+        size = max(batch_size, 1)  # `batches` refuses a smaller one
+        self.count = -(-(len(corpus.sequences) - first) // size)
+        middle = -(-len(corpus.sequences) // size) // 2 * size
+        self.half = max(0, middle - first) // size
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
         if corpus.mixture:
             self.about["mixture"] = list(corpus.mixture)
+
+    def after(self, first: int) -> Text:
+        """The same corpus from sequence number `first` on."""
+        return Text(self.corpus, self.batch_size, first)
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         """Runs the part of the model that holds `layers`."""
@@ -67,7 +78,7 @@ class Text:
 
     def read(self, first: int = 0) -> Iterator[Inputs]:
         """Batches from number `first` on."""
-        return self.corpus.batches(self.batch_size, first * self.batch_size)
+        return self.corpus.batches(self.batch_size, self._first + first * self.batch_size)
 
     def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
         """The masks of a batch by name, which an encoder-decoder reads on both sides; none without padding."""
@@ -75,18 +86,20 @@ class Text:
 
     def end(self, number: int) -> int:
         """`number`, or the number of batches where there are fewer."""
-        return min(number, -(-len(self.corpus.sequences) // self.batch_size))
+        return min(number, self.count)
 
     def size(self, first: int, last: int) -> int:
         """Tokens of the batches from number `first` to before `last`."""
-        return sum(map(len, self.corpus.sequences[first * self.batch_size : last * self.batch_size]))
+        a, b = (self._first + number * self.batch_size for number in (first, last))
+        return sum(map(len, self.corpus.sequences[a:b]))
 
 
 class Batches:
     """The caller's own batches: dictionaries, tuples or tensors, which the module is called with.
 
     mask: batch -> (B, T), zero on padding, or None; by default the `attention_mask` of a dictionary. Inputs of other
-    leading sizes are not masked. once: they cannot be read again. `about` is complete when all have been read.
+    leading sizes are not masked. once: they cannot be read again. count: how many there are, 0 where that is not known;
+    half: half of them. `about` is complete when all have been read.
     """
 
     unit = "batches"
@@ -101,9 +114,15 @@ class Batches:
         if self._first is None:
             raise PrepError("batches= is empty: give at least one batch")
         self._batches = chain([self._first], iterator) if self.once else batches
-        self.total = len(batches) if isinstance(batches, Sized) else 0
+        self.total = self.count = len(batches) if isinstance(batches, Sized) else 0
+        self.half = self.count // 2
         self.about: dict[str, Any] = {"source": "batches"}
         self.masks(self._first)
+
+    def after(self, first: int) -> Batches:
+        """All batches: their runs begin with the first."""
+        assert not first
+        return self
 
     def forward(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Forward:
         """Calls the model with a copy of a batch on the model's device."""

@@ -72,8 +72,13 @@ class Corpus:
     @property
     def hash(self) -> str:
         """xxh3-128 of the lengths (int64) followed by all tokens (int32), little-endian. 32 hex digits."""
-        digest = xxhash.xxh3_128(np.array([len(sequence) for sequence in self.sequences], "<i8").tobytes())
-        for sequence in self.sequences:
+        return self.hash_of(len(self.sequences))
+
+    def hash_of(self, count: int) -> str:
+        """The hash of a corpus that ends after `count` sequences."""
+        first = self.sequences[:count]
+        digest = xxhash.xxh3_128(np.array([len(sequence) for sequence in first], "<i8").tobytes())
+        for sequence in first:
             digest.update(sequence.astype("<i4").tobytes())
         return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from ..model import loading
 from ..progress import Progress
 from .request import Request
 from .target import Target
-from .workers import cost, decomposed
+from .workers import Jobs, cost, decomposed
 
 
 class Decomposition:
@@ -101,8 +101,9 @@ class Decomposition:
                 wanted.setdefault(layer, []).append(name)
         wanted = share_of(wanted, moments, self._modules, self._world)
         methods = {name: target.request.method for name, target in self._open.items()}
-        for name, layer, W, result in decomposed(moments, self._modules, methods, wanted, self._world.local_size):
-            yield name, self._open[name].put(layer, W, result)
+        jobs = Jobs(methods, wanted, {name: target.crossed() for name, target in self._open.items()})
+        for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
+            yield name, self._open[name].put(done.layer, done.W, done.result, done.crossed)
 
     def _store_without_moments(self) -> None:
         """A store that holds bases only, for metric identity."""

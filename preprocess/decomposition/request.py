@@ -63,7 +63,7 @@ def open_requests(options: DecomposeOptions) -> list[Request]:
     methods = {_name(options, method): method for method in _methods(options)}
     store = _open(options, list(methods.values()))
     layers = _checked_layers(store, list(methods.values())) if store is not None else None
-    model_id = None if isinstance(options.model, nn.Module) else _model_id(options.model, store)
+    model_id = None if isinstance(options.model, nn.Module) else calibrated_id(options.model, store)
     return [Request(options, method, name, store, layers, model_id) for name, method in methods.items()]
 
 
@@ -113,7 +113,7 @@ def load_layers(requests: Sequence[Request]) -> tuple[nn.Module, dict[str, nn.Mo
     return net, modules
 
 
-def _model_id(model: Any, store: Store | None) -> str:
+def calibrated_id(model: Any, store: Store | None) -> str:
     """Where the model is loaded from: `model`, or what the store was calibrated on."""
     if model:
         return absolute_if_local(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..numerics.methods import Method
 from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import say
+from .crossing import SAMPLE, to_cross
 from .existing import check_same_weights, made_already, problem_of, same_basis
 from .request import Request
 
@@ -65,11 +66,16 @@ class Target:
         self.writer = BasisWriter.resume(root, self.name)
         return self.writer
 
-    def put(self, layer: str, W: Tensor, result: WhitenedSVD) -> LayerDone:
-        """Store U and P of a layer with the weight W."""
+    def crossed(self) -> frozenset[str]:
+        """The layers whose record says what bases of the two parts of their tokens lose."""
+        request = self.request
+        return to_cross(request.layers or {}, request.method, SAMPLE) if request.moments is not None else frozenset()
+
+    def put(self, layer: str, W: Tensor, result: WhitenedSVD, crossed: dict[str, Any] | None) -> LayerDone:
+        """Store U and P of a layer with the weight W. crossed: for its record, if it was cross-fitted."""
         shape = self._shapes[layer]
         group = self._groups[shape]
-        record = record_of(result, shape, group["layers"].index(layer), W)
+        record = replace(record_of(result, shape, group["layers"].index(layer), W), crossed=crossed)
         U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
         check_storable(layer, P, self.request.options.dtype)
         return self.writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)

@@ -6,43 +6,62 @@ One thread per layer beats many threads per matrix at these sizes; a site's seco
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
-from ...store import LayerMoment, Moments
+from ...store import Moments
 from ..memory import free_memory
 from ..numerics.methods import Method, check
-from ..numerics.whitening import InputStatistics, WhitenedSVD, whitened_svd
+from ..numerics.metric import InputStatistics
+from ..numerics.whitening import WhitenedSVD, whitened_svd
+from .crossing import Parts, noted, parts_of, statistics_of
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
+    for; crossed: name -> layers that are cross-fitted, whose moments have a half.
+    """
+
+    methods: Mapping[str, Method]
+    wanted: Mapping[str, Sequence[str]]
+    crossed: Mapping[str, Collection[str]]
+
+    def crosses(self, layer: str) -> bool:
+        """Whether a layer is cross-fitted for any basis."""
+        return any(layer in self.crossed.get(name, ()) for name in self.wanted[layer])
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A layer with its weight W (d_out, d_in). crossed: its errors between the parts of its tokens, if looked at."""
+
+    layer: str
+    W: Tensor
+    result: WhitenedSVD
+    crossed: dict[str, Any] | None
 
 
 def decomposed(
-    moments: Moments | None,
-    modules: Mapping[str, nn.Module],
-    methods: Mapping[str, Method],
-    wanted: Mapping[str, Sequence[str]],
-    processes: int = 1,
-) -> Iterator[tuple[str, str, Tensor, WhitenedSVD]]:
-    """(name, layer, W (d_out, d_in), result) as they are done; at most two sites per worker are held in memory.
+    moments: Moments | None, modules: Mapping[str, nn.Module], jobs: Jobs, processes: int = 1
+) -> Iterator[tuple[str, Decomposed]]:
+    """(name of the basis, layer) as they are done; at most two sites per worker are held in memory.
 
-    moments: of the layers' inputs, None where no method needs them. methods: by the name of their basis; wanted: layer
-    -> names of the bases that it is decomposed for. processes: how many share the machine's cores. PrepError names the
-    layer that failed.
+    moments: of the layers' inputs, None where no method needs them. processes: how many share the machine's cores.
+    PrepError names the layer that failed.
     """
-    sites = _by_site(moments, modules, wanted)
+    sites = _by_site(moments, modules, jobs.wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes)
-    room = (
-        free_memory()
-        // processes
-        // max((_memory(moments, site, modules, methods, wanted) for site in sites), default=1)
-    )
+    room = free_memory() // processes // max((_memory(moments, site, modules, jobs) for site in sites), default=1)
     workers = max(1, min(cores, len(sites), room))
     queue = iter(sites)
     running: set[Future] = set()
@@ -50,7 +69,7 @@ def decomposed(
         try:
             while True:
                 while len(running) < 2 * workers and (site := next(queue, None)) is not None:
-                    running.add(pool.submit(_decompose_site, moments, site, modules, methods, wanted))
+                    running.add(pool.submit(_decompose_site, moments, site, modules, jobs))
                 if not running:
                     return
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
@@ -76,23 +95,18 @@ def _by_site(
     return sorted((group for group in groups if group), key=work, reverse=True)
 
 
-def _memory(
-    moments: Moments | None,
-    layers: list[str],
-    modules: Mapping[str, nn.Module],
-    methods: Mapping[str, Method],
-    wanted: Mapping[str, Sequence[str]],
-) -> int:
+def _memory(moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], jobs: Jobs) -> int:
     """Bytes that a worker takes for a site: its moment and a copy, of the largest layer W, P and their products, and
-    the bases of all layers beyond the first of each.
+    the bases of all layers beyond the first of each. Layers that are cross-fitted take the moments of two parts, too.
     """
     shapes = [layer_shape(modules[layer]) for layer in layers]
     d_in, full = shapes[0][1], moments is not None and moments[layers[0]].kind == "full"
-    work = 2 * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes)
+    copies = 4 if any(map(jobs.crosses, layers)) else 2
+    work = copies * full * d_in * d_in + max(4 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes)
     more = sum(
-        min(methods[name].rank, *shape) * sum(shape)
+        min(jobs.methods[name].rank, *shape) * sum(shape)
         for layer, shape in zip(layers, shapes, strict=True)
-        for name in wanted[layer][1:]
+        for name in jobs.wanted[layer][1:]
     )
     return 8 * (work + more)
 
@@ -104,40 +118,28 @@ def cost(shape: tuple[int, int]) -> int:
 
 
 def _decompose_site(
-    moments: Moments | None,
-    layers: list[str],
-    modules: Mapping[str, nn.Module],
-    methods: Mapping[str, Method],
-    wanted: Mapping[str, Sequence[str]],
-) -> list[tuple[str, str, Tensor, WhitenedSVD]]:
+    moments: Moments | None, layers: list[str], modules: Mapping[str, nn.Module], jobs: Jobs
+) -> list[tuple[str, Decomposed]]:
     """All bases of all layers of one site, the second moment read once, when it is first needed."""
     shared: InputStatistics | None = None
+    parts: Parts | None = None
     results = []
     for layer in layers:
         if shared is not None and shared.kind == "output":  # of one layer only
-            shared = None
+            shared = parts = None
         W = weight_matrix(modules[layer])
         dense = W.to("cpu", torch.float64).numpy()
-        for name in wanted[layer]:
-            method = methods[name]
+        for name in jobs.wanted[layer]:
+            method, said = jobs.methods[name], None
             needed = moments is not None and check(None, method) is not None
             if needed and shared is None:
-                shared = _moment(moments[layer])  # type: ignore[index]
+                shared = statistics_of(moments[layer])  # type: ignore[index]
             try:
-                results.append((name, layer, W, whitened_svd(dense, shared if needed else None, method)))
+                result = whitened_svd(dense, shared if needed else None, method)
+                if shared is not None and layer in jobs.crossed.get(name, ()):
+                    parts = parts or parts_of(moments[layer], shared)  # type: ignore[index]
+                    said = noted(dense, result, parts, method)
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
+            results.append((name, Decomposed(layer, W, result, said)))
     return results
-
-
-def _moment(stored: LayerMoment) -> InputStatistics:
-    def array(x: Tensor) -> np.ndarray:
-        return x.to(torch.float64).numpy()
-
-    return InputStatistics(
-        kind=stored.kind,
-        second_moment=array(stored.second_moment) if stored.kind == "full" else None,
-        diagonal=array(stored.diagonal) if stored.kind != "full" else None,
-        output=array(stored.output) if stored.kind == "output" else None,
-        mean=array(stored.mean),
-    )

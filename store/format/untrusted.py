@@ -52,6 +52,7 @@ SITE = {
     "count": int,
     "arrays": {str: str},
     "hash": str,
+    "half?": {"count": int, "share": float},
 }
 BASIS = {
     "status": ("complete", "incomplete"),
@@ -82,6 +83,7 @@ BASIS = {
             "weight_dtype": Word,
             "hash?": str,
             "checksums?": str,
+            "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
         }
     },
     "hash?": str,

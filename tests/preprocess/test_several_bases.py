@@ -43,7 +43,7 @@ def store(made, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """How often each moment was read, and the model loaded."""
-    counts, read, load = Counter(), workers._moment, loading.load_model
+    counts, read, load = Counter(), workers.statistics_of, loading.load_model
 
     def reads(stored):
         counts[stored.site] += 1
@@ -53,7 +53,7 @@ def counted(monkeypatch):
         counts["model"] += 1
         return load(*arguments, **options)
 
-    monkeypatch.setattr(workers, "_moment", reads)
+    monkeypatch.setattr(workers, "statistics_of", reads)
     monkeypatch.setattr(loading, "load_model", loads)
     return counts
 

@@ -189,6 +189,16 @@ def test_an_indefinite_moment_is_found(store):
     assert "not positive semi-definite" in finding.problem
 
 
+@pytest.mark.parametrize(("factor", "name"), [(-1, "half/second_moment"), (5, "half/second_moment")])
+def test_a_half_that_is_no_part_of_the_tokens_is_found(store, factor, name):
+    """Indefinite itself, or such that nothing positive is left for the other tokens."""
+    site = _site(store, DOWN)
+    assert open_store(store).moments[DOWN].half is not None
+    rewritten(store, f"moments/{site}", name, lambda C: factor * C)
+    [finding] = verify(store).findings
+    assert finding.where == f"moments/{site}/{name}" and "not positive semi-definite" in finding.problem
+
+
 def test_a_mean_of_another_sample_is_found(store):
     site = _site(store, DOWN)
     rewritten(store, f"moments/{site}", "mean", lambda mean: 100 * mean + 1)

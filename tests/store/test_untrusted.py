@@ -162,6 +162,29 @@ def test_documents_that_are_no_metadata(store, text):
         file.write_bytes(kept)
 
 
+@pytest.mark.parametrize(
+    "half", [{"count": 0, "share": 0.5}, {"count": 10**6, "share": 0.5}, {"count": 4, "share": 1.0}, {"count": 4}]
+)
+def test_halves_that_cannot_be(store, half):
+    edit(store, f"moments/{SITE}", lambda document: document["attributes"].update(half=half))
+    refused(store, "damaged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ranks": [4, 4]}, {"ranks": []}, {"excess": []}, {"unseen": [-1.0]}, {"least": [float("inf")]}, {"least": ["x"]}],
+)
+def test_notes_on_excess_that_cannot_be(store, change):
+    record = {"ranks": [4], "unseen": [0.5], "excess": [0.1], "least": [0.4]}
+
+    def noted(document):
+        assert document["attributes"]["layers"][SITE]["crossed"].keys() == record.keys()
+        document["attributes"]["layers"][SITE]["crossed"] = record | change
+
+    edit(store, "bases/full", noted)
+    refused(store, "damaged")
+
+
 # Codecs, grids, dtypes: nothing of a foreign document reaches the decoder
 
 GZIP = {"name": "gzip", "configuration": {"level": 1}}

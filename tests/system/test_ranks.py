@@ -66,6 +66,27 @@ def test_several_ranks_give_the_moments_of_one(made, tmp_path, size, per_node, m
     assert prep.open_store(tmp_path / "many").moments.sites and not (tmp_path / "many" / "checkpoint").exists()
 
 
+def test_ranks_keep_the_first_half_and_grow(made, tmp_path):
+    """Two ranks read two batches a round: the half is in after 4 of 7. What three ranks add is what one would."""
+    _, options = made
+    half = prep.covariance(store=tmp_path / "half", halves=False, **{**options, "num_sequences": 8})
+    given = {**options, "store": tmp_path / "many"}
+    codes, said, _ = jobs.run("covariance", given, tmp_path, 2)
+    assert codes == [0, 0], said
+    found = open_store(tmp_path / "many")
+    for layer in found.moments:
+        got, wanted = found.moments[layer].half, half.moments[layer]
+        assert got.count == wanted.count
+        assert tiny.relative(got.second_moment, wanted.second_moment.numpy()) < 1e-6
+    prep.covariance(store=tmp_path / "few", **{**options, "num_sequences": 6})
+    shutil.copytree(tmp_path / "few", tmp_path / "grown")
+    prep.covariance(store=tmp_path / "few", **options)
+    codes, said, _ = jobs.run("covariance", {**options, "store": tmp_path / "grown"}, tmp_path, 3)
+    assert codes == [0] * 3, said
+    same(tmp_path / "grown", tmp_path / "few")
+    assert verify(tmp_path / "grown").findings == [] == verify(tmp_path / "many").findings
+
+
 def test_experts_that_some_ranks_do_not_reach(made, tmp_path):
     path, options = made
     options = {

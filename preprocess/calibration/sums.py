@@ -1,0 +1,58 @@
+"""Sums of a site that are not those of this run's process alone.
+
+Of all processes, of the first half of the tokens, and those with which a store that grows goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ...store import SiteData, Store, read_site
+from ...store.checkpoint import read_half
+from ...store.format.schema import child
+from ..distributed import World
+from ..numerics.accumulators import SiteSums, mapped
+from ..numerics.device_sums import DeviceSums
+from .part import Part
+
+
+def whole_sums(
+    part: Part, name: str, sums: SiteSums | DeviceSums, counts: dict[str, int], world: World
+) -> SiteData | None:
+    """The sums of a site over all processes, on the host of the one that writes them; None on the others."""
+    owner = part.owners[name]
+    if part.on_devices:
+        data = mapped(sums.data(), partial(world.reduce_to, owner))
+        return replace(mapped(data, Tensor.cpu), count=counts[name]) if world.rank == owner else None
+    if not sums.kept:
+        return None
+    data = replace(mapped(sums.data(), world.reduce), count=counts[name])
+    return data if world.writes else None
+
+
+def with_half(root: Any, site: str, moments: SiteData, base: Store | None) -> SiteData:
+    """The moments of a site with those of its first half, where they were kept and the other half is not empty.
+
+    base: the store that has grown, whose own half may be nearer to a half of the tokens than what was kept since.
+    """
+    kept = [read_half(root, site)]
+    if base is not None and site in base.moments.sites:
+        kept.append(read_site(child(base.root, "moments"), site).half)
+    halves = [half for half in kept if half is not None and half.count < moments.count]
+    if not halves:
+        return moments
+    half = min(halves, key=lambda one: abs(one.count / moments.count - 0.5))
+    return replace(moments, half=replace(half, share=half.count / moments.count))
+
+
+def stored_sums(store: Store, site: str) -> SiteData | None:
+    """The sums, float64, of which a store holds the means; None where it holds none of the site."""
+    if site not in store.moments.sites:
+        return None
+    moments = read_site(child(store.root, "moments"), site)
+    sums = mapped(moments, lambda mean: mean.double() * moments.count)
+    return replace(sums, members={}, half=None)

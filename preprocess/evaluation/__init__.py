@@ -1,0 +1,1 @@
+"""Bases on the moments of their own tokens, of two parts of them, and of another store."""
