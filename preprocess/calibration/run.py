@@ -217,7 +217,8 @@ def _refusal(options: CovarianceOptions, differences: list[str], own_batches: st
             "name another --store, or replace it with --overwrite"
         )
     shown = [one for one in differences if not one.startswith(_FOLLOWS)] or differences
-    joined = " (`prep pool` joins the two)" if all(one.startswith("corpus ") for one in differences) else ""
+    other_text = all(one.startswith("corpus ") for one in differences)
+    joined = " (`prep pool` joins the two; more sequences of the same text extend it)" if other_text else ""
     return (
         f"{options.store} holds a run with other options ({'; '.join(shown)}): "
         f"name another --store{joined}, or replace it with --overwrite"

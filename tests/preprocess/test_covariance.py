@@ -495,8 +495,8 @@ def test_a_run_on_other_data_names_pool(data, tmp_path):
     directory = tiny.save(tiny.llama(), tmp_path / "model")
     prep.covariance(directory, data, store=tmp_path / "s", **{**RUN, "num_sequences": 4})
     with pytest.raises(PrepError) as error:
-        prep.covariance(directory, data, store=tmp_path / "s", **{**RUN, "num_sequences": 8})
+        prep.covariance(directory, data, store=tmp_path / "s", **{**RUN, "num_sequences": 4, "seed": 1})
     assert str(error.value) == (
-        f"{tmp_path / 's'} holds a run with other options (corpus num_sequences: 4 there, 8 asked for): "
-        "name another --store (`prep pool` joins the two), or replace it with --overwrite"
+        f"{tmp_path / 's'} holds a run with other options (corpus seed: 0 there, 1 asked for): name another --store "
+        "(`prep pool` joins the two; more sequences of the same text extend it), or replace it with --overwrite"
     )
