@@ -114,15 +114,7 @@ class SiteSums:
 
     def data(self) -> SiteData:
         """The state of the sums, which `restore` takes back; it shares their memory."""
-        return SiteData(
-            kind=self.kind,
-            members={},
-            count=self.count,
-            mean=self.sum_x,
-            second_moment=self.second.panels if self.second else None,
-            diagonal=self.sum_x2,
-            outputs={layer: total.panels for layer, total in self.outputs.items()} or None,
-        )
+        return state_of(self)
 
     def restore(self, sums: SiteData) -> None:
         """Go on from the sums of an earlier run."""
@@ -135,6 +127,19 @@ class SiteSums:
     def output(self, x: Tensor, W: Tensor) -> Tensor:
         """y = x @ W.T (n, d_out) in float32, of half-precision x (n, d_in) and W (d_out, d_in)."""
         return x.float() @ W.to(x.device, torch.float32).T
+
+
+def state_of(sums: Any) -> SiteData:
+    """The state of a site's sums, on the host or on a device; it shares their memory."""
+    return SiteData(
+        kind=sums.kind,
+        members={},
+        count=sums.count,
+        mean=sums.sum_x,
+        second_moment=sums.second.panels if sums.second else None,
+        diagonal=sums.sum_x2,
+        outputs={layer: total.panels for layer, total in sums.outputs.items()} or None,
+    )
 
 
 def not_finite(what: str, batch: int) -> PrepError:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...store.format.schema import panels
 from ...store.moments import SiteData
+from .accumulators import state_of
 from .products import chunks
 
 GROUP = 2048  # rows of a product
@@ -57,9 +58,9 @@ class DeviceGram:
 
 def row_blocks(X: Tensor, ranges: list[tuple[int, int]], product: Product) -> Iterator[tuple[int, Tensor]]:
     """(i, `X[:, a:b]^T X[:, :b]`) of every row range (a, b), numbered i; several ranges are one product."""
+    pieces = chunks(X)
     for first, last in _groups(ranges):
         begin, end = ranges[first][0], ranges[last][1]
-        pieces = chunks(X)
         total = product(pieces[0][:, begin:end], pieces[0][:, :end])
         for x in pieces[1:]:
             total += product(x[:, begin:end], x[:, :end])
@@ -127,15 +128,7 @@ class DeviceSums:
 
     def data(self) -> SiteData:
         """The state of the sums, which `restore` takes back; it shares their memory, on their device."""
-        return SiteData(
-            kind=self.kind,
-            members={},
-            count=self.count,
-            mean=self.sum_x,
-            second_moment=self.second.panels if self.second else None,
-            diagonal=self.sum_x2,
-            outputs={layer: total.panels for layer, total in self.outputs.items()} or None,
-        )
+        return state_of(self)
 
     def restore(self, sums: SiteData) -> None:
         """Go on from the sums of an earlier run, which may be on another device."""
