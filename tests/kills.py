@@ -1,6 +1,8 @@
 """Commands in processes that may be killed at any instant, forked from a server that has imported everything once."""
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,24 +14,33 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def covariance(options: Mapping[str, Any], pause: float, said: str) -> None:
-    """`prep covariance` with checkpoints as often as asked, a pause after every batch, and what it says in a file."""
+def covariance(options: Mapping[str, Any], pause: float, said: str, dies: bool = False) -> None:
+    """`prep covariance` with checkpoints as often as asked, a pause after every batch, and what it says in a file.
+
+    dies: SIGKILL ends it as soon as there is a checkpoint to resume from.
+    """
     from prep.preprocess.calibration import job
 
     job.CHECKPOINT_SHARE = 1.0
-    done = job.Calibration._added
+    done, checkpoint = job.Calibration._added, job.Calibration._checkpoint
 
     def slow(self, *arguments):
         time.sleep(pause)
         done(self, *arguments)
         at_work(said)
 
+    def last(self, *arguments):
+        checkpoint(self, *arguments)
+        _die()
+
     job.Calibration._added = slow  # type: ignore[method-assign]
+    if dies:
+        job.Calibration._checkpoint = last  # type: ignore[method-assign]
     _run("covariance", options, said)
 
 
-def decompose(options: Mapping[str, Any], pause: float, said: str) -> None:
-    """`prep decompose` whose layers count as done at once, with a pause after each."""
+def decompose(options: Mapping[str, Any], pause: float, said: str, dies: bool = False) -> None:
+    """`prep decompose` whose layers count as done at once, with a pause after each. dies: SIGKILL ends it at one."""
     from prep.store.bases import BasisWriter
 
     note = BasisWriter.note
@@ -37,6 +48,8 @@ def decompose(options: Mapping[str, Any], pause: float, said: str) -> None:
     def slow(self, done):
         note(self, done)
         self.flush()
+        if dies:
+            _die()
         at_work(said)
         time.sleep(pause)
 
@@ -46,9 +59,6 @@ def decompose(options: Mapping[str, Any], pause: float, said: str) -> None:
 
 def cut_short(options: Mapping[str, Any], threads: int, batches: int | None, said: str) -> None:
     """`prep covariance` that SIGKILL ends after so many batches, on so many threads; what it says in a file."""
-    import os
-    import signal
-
     from prep.preprocess.calibration import job
 
     job.CHECKPOINT_SHARE = 1.0
@@ -59,10 +69,14 @@ def cut_short(options: Mapping[str, Any], threads: int, batches: int | None, sai
         if left[0] is not None:
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                _die()
 
     job.Calibration._added = counted  # type: ignore[method-assign]
     _run("covariance", options, said, threads)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(name: str, options: Mapping[str, Any], said: str, threads: int = 1) -> None:
@@ -81,9 +95,11 @@ def _run(name: str, options: Mapping[str, Any], said: str, threads: int = 1) -> 
             raise SystemExit(2) from None
 
 
-def start(command: Callable[..., None], options: Mapping[str, Any], pause: float, said: Path) -> Any:
+def start(
+    command: Callable[..., None], options: Mapping[str, Any], pause: float, said: Path, dies: bool = False
+) -> Any:
     """The process of a command."""
-    process = CONTEXT.Process(target=command, args=(dict(options), pause, str(said)))
+    process = CONTEXT.Process(target=command, args=(dict(options), pause, str(said), dies))
     process.start()
     return process
 
@@ -100,12 +116,13 @@ def run(
     said: Path,
     kill_after: float | None = None,
     once_at_work: bool = False,
+    dies: bool = False,
 ) -> tuple[int, float]:
     """Exit code of a command, killed after so many seconds (counted from its first batch or layer on) if it still runs.
 
-    Also how long it worked, from that sign on.
+    Also how long it worked, from that sign on. dies: it is killed when it has left something to resume from.
     """
-    process = start(command, options, pause, said)
+    process = start(command, options, pause, said, dies)
     sign = Path(f"{said}.work")
     while once_at_work and process.is_alive() and not sign.exists():
         time.sleep(0.005)

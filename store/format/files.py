@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import os
 import stat
+import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -83,23 +85,35 @@ def put_each(store: ZarrStore, contents: Mapping[str, Item], encode: Callable[[I
 
 
 def at_once(work: Callable[[Item], Awaitable[None]], items: Iterable[Item]) -> None:
-    """Do `work` for every item, `AT_ONCE` at a time; the first failure ends the others."""
-    sync(_all_at_once(work, items))
+    """Do `work` for every item, `AT_ONCE` at a time; after a failure or an interrupt no other begins.
 
-
-async def _all_at_once(work: Callable[[Item], Awaitable[None]], items: Iterable[Item]) -> None:
-    turn = asyncio.Semaphore(AT_ONCE)
-    tasks = [asyncio.create_task(_in_turn(turn, work, item)) for item in items]
+    What has begun is waited for: a write to a disk goes on in its thread when its task is cancelled, and would bring
+    back a folder that was removed meanwhile.
+    """
+    left, ended = deque(items), threading.Event()
     try:
-        await asyncio.gather(*tasks)
+        sync(_all_at_once(work, left, ended))
     finally:
-        for task in tasks:
-            task.cancel()
+        left.clear()
+        ended.wait()
 
 
-async def _in_turn(turn: asyncio.Semaphore, work: Callable[[Item], Awaitable[None]], item: Item) -> None:
-    async with turn:
-        await work(item)
+async def _all_at_once(work: Callable[[Item], Awaitable[None]], left: deque[Item], ended: threading.Event) -> None:
+    try:
+        ends = await asyncio.gather(*(_one_by_one(work, left) for _ in range(AT_ONCE)), return_exceptions=True)
+    finally:
+        ended.set()
+    for error in filter(None, ends):
+        raise error
+
+
+async def _one_by_one(work: Callable[[Item], Awaitable[None]], left: deque[Item]) -> None:
+    try:
+        while left:
+            await work(left.popleft())
+    except BaseException:
+        left.clear()
+        raise
 
 
 def _put_local(path: str, content: bytes) -> None:

@@ -108,7 +108,7 @@ def test_an_interrupted_growth_resumes_and_serves_the_old_moments_meanwhile(plac
 
 
 def growth_survives(place, tmp_path, count):
-    """Killed at random instants, started again until it is done, then anew from the small store."""
+    """Killed at a checkpoint, then at random instants; started again until it is done, then from the small store."""
     old, whole = calibrate(place, tmp_path / "old", 8).location, calibrate(place, tmp_path / "whole", 48)
     options = {**RUN, "model": str(place / "model"), "data": str(place / "a.jsonl"), "num_sequences": 48}
     options |= {"checkpoint_every": 0.01, "quiet": False, "store": tmp_path / "s"}
@@ -118,9 +118,9 @@ def growth_survives(place, tmp_path, count):
         if not store.exists():
             shutil.copytree(old, store)
         said = tmp_path / f"said{starts}"
-        after = draw.uniform(0, seconds) if left and seconds is not None else None
-        code, work = kills.run(kills.covariance, options, 0.02, said, after, once_at_work=starts % 2 == 0)
-        seconds, starts = seconds or work, starts + 1
+        after, dies = draw.uniform(0, seconds) if left and seconds is not None else None, starts == 0
+        code, work = kills.run(kills.covariance, options, 0.02, said, after, starts % 2 == 1, dies)
+        seconds, starts = seconds or (None if dies else work), starts + 1
         resumed += "resumed after" in said.read_text() if said.exists() else 0
         assert code in (0, -9), said.read_text()
         left -= code == -9

@@ -1,8 +1,10 @@
 """Copies that fail or are killed: the source and what was there before are whole, and no half of a copy opens."""
 
+import asyncio
 import contextlib
 import random
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -19,6 +21,7 @@ from prep.cli import main
 from prep.preprocess.verify import verify
 from prep.store import open_store
 from prep.store import transfer as transfer_module
+from prep.store.format.files import at_once
 from prep.store.lock import writer_lock
 from prep.store.staging import beside
 from prep.store.transfer import pull, push
@@ -273,3 +276,22 @@ def test_a_push_whose_copy_is_found_damaged_leaves_no_store(made, monkeypatch):
         push(made / "old", "brittle://shelf/c.zarr")
     with pytest.raises(StoreError, match="no store at"):
         open_store("brittle://shelf/c.zarr")
+
+
+def test_what_has_begun_is_finished_when_one_file_fails():
+    """No thread writes into a folder that was removed after the failure; what had not begun never begins."""
+    begun, ended = [], []
+
+    def write(item):
+        if item == 3:
+            raise StoreError("the disk is full")
+        time.sleep(0.05)
+        ended.append(item)
+
+    async def work(item):
+        begun.append(item)
+        await asyncio.to_thread(write, item)
+
+    with pytest.raises(StoreError, match="the disk is full"):
+        at_once(work, range(1000))
+    assert sorted(begun) == sorted([*ended, 3]) and len(begun) < 1000

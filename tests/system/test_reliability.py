@@ -64,8 +64,9 @@ def state(path):
 def killed(made, folder, name, count):
     """Kill a command `count` times at random instants and start it again until it is done; anew when it was done.
 
-    The instants are drawn from its whole life and from its working hours in turn. Every store that is done is compared
-    with that of an uninterrupted run. Returns for every start what was on disk and what the command said.
+    The first time is no accident: it leaves something to resume from. The other instants are drawn from its whole life
+    and from its working hours in turn. Every store that is done is compared with that of an uninterrupted run. Returns
+    for every start what was on disk and what the command said.
     """
     draw, run, store = random.Random(1), getattr(kills, name), folder / "s"
     extra = made.options if name == "covariance" else {"rank": 4}
@@ -74,9 +75,9 @@ def killed(made, folder, name, count):
         if not store.exists() and name == "decompose":
             shutil.copytree(made.path / "covariance", store)
         said, before = folder / f"said{len(starts)}", state(store)
-        working = len(starts) % 2 == 0
-        after = draw.uniform(0, made.seconds[name][working]) if kills_left else None
-        code, _ = kills.run(run, {**extra, "store": store}, PAUSE, said, after, once_at_work=working)
+        working, dies = len(starts) % 2 == 0, not starts
+        after = draw.uniform(0, made.seconds[name][working]) if kills_left and not dies else None
+        code, _ = kills.run(run, {**extra, "store": store}, PAUSE, said, after, working and not dies, dies)
         starts.append((before, said.read_text() if said.exists() else "", code))
         assert code in (0, -9), starts[-1]
         assert state(store) >= before
