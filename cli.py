@@ -15,7 +15,7 @@ import click
 from . import __version__
 from .commands import store_option
 from .errors import Interrupted, PrepError
-from .preprocess.numerics.methods import PUBLISHED, SELECTIONS, SOLVERS
+from .preprocess.numerics.methods import POOLINGS, PUBLISHED, SELECTIONS, SOLVERS
 from .preprocess.options import (
     BASIS_DTYPES,
     COMPATIBLE,
@@ -147,6 +147,11 @@ _decompose_option = partial(_option, DecomposeOptions)
     "--halves/--no-halves", help="Keep the moments of the first half, too: what more data would gain is told by them."
 )
 @_covariance_option(
+    "--keep-tokens",
+    type=click.IntRange(0),
+    help="Keep the inputs of so many random tokens per site, too, in float32, for `decompose --pooling mean_abs`.",
+)
+@_covariance_option(
     "--compat",
     type=click.Choice(COMPATIBLE),
     help="peft-corda: sequences divided by their maximum, padding counted, as PEFT's preprocess_corda does.",
@@ -222,6 +227,12 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 @_decompose_option("--center/--no-center", help="Subtract the mean: C - E[x] E[x]^T.  [default: no-center]")
 @_decompose_option("--rank", type=click.IntRange(1), help="Directions to keep; clipped per layer.")
 @_decompose_option("--select", type=click.Choice(SELECTIONS), help="Which directions to keep.  [default: top]")
+@_decompose_option(
+    "--pooling",
+    type=click.Choice(POOLINGS),
+    help="Of an activation: its root mean square, or the mean of its magnitude over the tokens that were kept "
+    "(`covariance --keep-tokens`).  [default: rms]",
+)
 @_decompose_option(
     "--solver",
     type=click.Choice(SOLVERS),

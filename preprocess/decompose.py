@@ -32,6 +32,7 @@ def decompose(
     center: bool | None = None,
     rank: int = 256,
     select: str | None = None,
+    pooling: str | None = None,
     solver: str = "auto",
     dtype: str | torch.dtype = "float32",
     model: str | Path | nn.Module | None = None,
@@ -52,6 +53,7 @@ def decompose(
     metric: full, diagonal or identity: the SVD of W M with M = C^a, diag(C)^a or I. power: the a, by default 0.5.
     damping: C + damping mean(diag C) I, by default 0.001. epsilon: C + epsilon I instead. center: C without the mean.
     rank: directions to keep, clipped per layer. select: the top, the bottom, or those of the largest activation.
+    pooling: of activations: rms, S_i sqrt(E[(P_i x)^2]), or mean_abs, S_i E|P_i x| over the tokens that were kept.
     solver: exact, the float64 Gram route; svd, a float64 SVD of W M; randomized, within 1e-3 of the optimum; or auto.
     dtype: of stored U and P, by name or as a torch.dtype.
     model: a path, hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With

@@ -62,6 +62,7 @@ class CovarianceOptions:
     device_map: str | Mapping[str, int | str] | None = None
     max_memory: str | Mapping[int | str, int | str] | None = None
     halves: bool = True
+    keep_tokens: int = 0
     compat: str | None = None
     memory_budget: int | str = "8GB"
     device_memory: int | str | None = None
@@ -108,6 +109,12 @@ class CovarianceOptions:
             one_of("--compat", self.compat, COMPATIBLE)
             if self.moment != "full" or not self.named:
                 raise PrepError("--compat peft-corda needs --moment full and a model by path or hub id")
+            if self.keep_tokens:
+                raise PrepError(
+                    "--keep-tokens keeps inputs as they are, --compat peft-corda scales them: leave out one"
+                )
+        if self.keep_tokens < 0:
+            raise PrepError(f"--keep-tokens {self.keep_tokens} is not a number of tokens: give 0 for none, or more")
         self._check_inputs()
         self._check_until()
 
@@ -161,6 +168,7 @@ class DecomposeOptions:
     center: bool | None = None
     rank: int = 256
     select: str | None = None
+    pooling: str | None = None
     solver: str = "auto"
     dtype: str = "float32"  # likewise
     model: str | nn.Module | None = None

@@ -75,7 +75,8 @@ def _moments(store: Store, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
         group = _group(groups, layer, entry.shape)
         group["moment"], group["tokens"] = entry.kind, entry.count
         kinds[entry.kind] += layer == moments.sites[entry.site][0]
-    counts = {"sites": len(moments.sites), "layers": len(moments), "kinds": dict(kinds)}
+    kept = max((entry.sampled for entry in entries.values()), default=0)
+    counts = {"sites": len(moments.sites), "layers": len(moments), "kinds": dict(kinds), "tokens_kept": kept}
     return {**counts, "skipped": moments.skipped, "bytes": size}
 
 
@@ -134,7 +135,8 @@ def table(facts: dict[str, Any]) -> list[str]:
             lines.append(f"damaged  the moments{size}: {moments['problem']}, or `prep remove --moments{option}`")
         else:
             kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
-            lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds}){size}")
+            kept = f", {moments['tokens_kept']:,} tokens kept" if moments["tokens_kept"] else ""
+            lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds}){kept}{size}")
             lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
     for name, basis in facts["bases"].items():
         if "problem" in basis:
@@ -172,7 +174,7 @@ def _row(name: str, basis: dict[str, Any]) -> list[str]:
         name,
         method["metric"],
         "" if plain else _short(method.get("power")),
-        method.get("select", ""),
+        method.get("select", "") + ("" if method.get("pooling", "rms") == "rms" else f" {method['pooling']}"),
         str(basis["rank"]),
         "" if plain else damping,
         count,

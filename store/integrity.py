@@ -130,13 +130,21 @@ def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
     half: dict[str, list[Tensor]] = {}
     for name, parts in values.items():
         (half if name.startswith(f"{HALF}/") else own)[name.removeprefix(f"{HALF}/")] = parts
-    _sample(top, own, report)
+    drawn = own.pop("priorities", [])
+    own.pop("tokens", None)
+    if drawn and not _rising(drawn[0]):
+        report.add(f"{top}/priorities", "they do not rise from 0 to 1: these are not those of a sample")
+    _possible(top, own, report)
     if moment.half is not None:
-        _sample(f"{top}/{HALF}", half, report)
+        _possible(f"{top}/{HALF}", half, report)
         _others(top, own, half, moment.half.share, report)
 
 
-def _sample(top: str, values: Mapping[str, list[Tensor]], report: Report) -> None:
+def _rising(values: Tensor) -> bool:
+    return bool((values.diff() >= 0).all() and values[0] >= 0 and values[-1] <= 1)
+
+
+def _possible(top: str, values: Mapping[str, list[Tensor]], report: Report) -> None:
     """Whether arrays of a site, vectors or panels by name, can be the moments of one sample."""
     if "mean" not in values:
         return

@@ -40,18 +40,20 @@ class Parts:
     share: float
 
 
-def statistics_of(stored: LayerMoment) -> InputStatistics:
-    """A stored moment as float64 arrays."""
+def statistics_of(stored: LayerMoment, sampled: bool = False) -> InputStatistics:
+    """A stored moment as float64 arrays; sampled: with its sample of tokens, if it has one."""
 
     def array(x: Tensor) -> np.ndarray:
         return x.to(torch.float64).numpy()
 
+    tokens = stored.tokens if sampled else None
     return InputStatistics(
         kind=stored.kind,
         second_moment=array(stored.second_moment) if stored.kind == "full" else None,
         diagonal=array(stored.diagonal) if stored.kind != "full" else None,
         output=array(stored.output) if stored.kind == "output" else None,
         mean=array(stored.mean),
+        tokens=tokens.numpy() if tokens is not None else None,
     )
 
 
@@ -69,7 +71,12 @@ def tells_output(moment: LayerMoment, components: bool) -> bool:
 
 
 def to_cross(layers: Mapping[str, LayerMoment], method: Method, count: int) -> frozenset[str]:
-    """The layers, `count` of each kind (0: all), that are cross-fitted: those of which a half was kept."""
+    """The layers, `count` of each kind (0: all), that are cross-fitted: those of which a half was kept.
+
+    None where directions were ordered by a sample of the tokens: it has no halves.
+    """
+    if method.pooling != "rms":
+        return frozenset()
     components = method.metric == "components"
     known = [layer for layer, one in layers.items() if one.half is not None and tells_output(one, components)]
     return frozenset(sampled(known, count))

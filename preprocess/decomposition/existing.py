@@ -128,7 +128,7 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
         of_basis, asked = basis.model.get("config_hash"), loading.model_hash(request.options.model)  # type: ignore[arg-type]
     else:
         of_basis, asked = basis.model.get("id"), request.model_id
-    have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": of_basis}
+    have: dict[str, Any] = {"pooling": "rms", **basis.method, "dtype": basis.dtype, "model": of_basis}
     wanted: dict[str, Any] = {**asdict(request.method), "dtype": request.options.dtype, "model": asked}
     return [
         f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]

@@ -19,7 +19,7 @@ from ..hub import absolute_if_local
 from ..model import loading
 from ..model.experts import expert_layers
 from ..model.sites import target_layers
-from ..numerics.methods import Method, basis_name, check, method_for
+from ..numerics.methods import Method, basis_name, check, check_sample, method_for
 from ..options import DecomposeOptions
 
 
@@ -73,7 +73,7 @@ def basis_names(options: DecomposeOptions) -> list[str]:
 
 
 def _methods(options: DecomposeOptions) -> list[Method]:
-    asked = ("metric", "power", "damping", "epsilon", "center", "rank", "select", "solver")
+    asked = ("metric", "power", "damping", "epsilon", "center", "rank", "select", "pooling", "solver")
     given = {name: getattr(options, name) for name in asked}
     return [method_for(published, **given) for published in options.methods]
 
@@ -158,6 +158,10 @@ def _checked_layers(store: Store, methods: Sequence[Method]) -> dict[str, LayerM
             reason = next(filter(None, (check(layers[layer].kind, method) for method in methods)), None)
             if reason:
                 raise StoreError(f"{layer}: {reason} into another --store, or with --overwrite")
+            sampled = layers[layer].sampled > 0
+            reason = next(filter(None, (check_sample(sampled, method) for method in methods)), None)
+            if reason:
+                raise StoreError(f"{layer}: {reason}")
     return layers
 
 

@@ -6,7 +6,7 @@ One thread per layer beats many threads per matrix at these sizes; a site's seco
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,10 @@ class Jobs:
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
     crossed: Mapping[str, Collection[str]]
+
+    def sampled(self, layers: Iterable[str]) -> bool:
+        """Whether any basis of the layers is made with the sample of their tokens."""
+        return any(self.methods[name].pooling != "rms" for layer in layers for name in self.wanted[layer])
 
     def crosses(self, layer: str) -> bool:
         """Whether a layer is cross-fitted for any basis."""
@@ -108,7 +112,8 @@ def _memory(moments: Moments | None, layers: list[str], modules: Mapping[str, nn
         for layer, shape in zip(layers, shapes, strict=True)
         for name in jobs.wanted[layer][1:]
     )
-    return 8 * (work + more)
+    tokens = moments[layers[0]].sampled * d_in // 2 if moments is not None and jobs.sampled(layers) else 0
+    return 8 * (work + more + tokens)
 
 
 def cost(shape: tuple[int, int]) -> int:
@@ -133,7 +138,7 @@ def _decompose_site(
             method, said = jobs.methods[name], None
             needed = moments is not None and check(None, method) is not None
             if needed and shared is None:
-                shared = statistics_of(moments[layer])  # type: ignore[index]
+                shared = statistics_of(moments[layer], jobs.sampled(layers))  # type: ignore[index]
             try:
                 result = whitened_svd(dense, shared if needed else None, method)
                 if shared is not None and layer in jobs.crossed.get(name, ()):

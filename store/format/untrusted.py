@@ -39,7 +39,7 @@ ROOT = {
     "status": ("complete", "incomplete"),
     "bases": list,
     "corpus?": (NULL, _CORPUS),
-    "options?": (NULL, dict),
+    "options?": (NULL, {"keep_tokens?": int}),
     "moments?": str,
     "removed?": {"corpus": _CORPUS, "options": (NULL, dict), "id": Word},
     "checkpoint?": (NULL, dict),
@@ -53,6 +53,7 @@ SITE = {
     "arrays": {str: str},
     "hash": str,
     "half?": {"count": int, "share": float},
+    "sample?": int,
 }
 BASIS = {
     "status": ("complete", "incomplete"),
@@ -61,6 +62,7 @@ BASIS = {
         "rank": int,
         "power?": float,
         "select?": ("top", "bottom", "activation"),
+        "pooling?": ("rms", "mean_abs"),
         "damping?": (float, NULL),
         "epsilon?": (float, NULL),
         "center?": bool,

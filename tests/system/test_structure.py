@@ -24,7 +24,11 @@ NUMERICS = sorted((ROOT / "preprocess" / "numerics").glob("*.py"))
 NUMERICS += [ROOT / "adapters" / name for name in ("cores.py", "coefficient.py", "layer.py")]
 OUTSIDE = {"zarr", "pathlib", "os", "io", "shutil", "tempfile", "glob", "subprocess", "sys", "tqdm", "click"}
 OUTSIDE |= {"transformers", "datasets", "safetensors", "huggingface_hub", "peft"}
-DATA = {("prep.store.moments", "SiteData"), ("prep.store.format.schema", "panels")}
+DATA = {
+    ("prep.store.moments", "SiteData"),
+    ("prep.store.format.schema", "panels"),
+    ("prep.store.sample", "TokenSample"),
+}
 
 
 def imports(path: Path) -> list[tuple[str, str]]:
