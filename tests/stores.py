@@ -21,6 +21,7 @@ def everything(path):
         one = moments[layer]
         out[layer] = [one.kind, one.count, one.members, one.hash, one.shape, one.mean.tolist(), one.diagonal.tolist()]
         out[layer].append(_matrix(one))
+        out[layer].append(None if one.tokens is None else one.tokens.tolist())
         if (half := one.half) is not None:
             out[f"half of {layer}"] = [
                 half.count,

@@ -41,10 +41,10 @@ class _DeepestSite(Exception):
 class Part:
     """The sites of one pass and their sums. `with part.hooked(): part.add(batch)` adds what a batch shows of them.
 
-    whole: False ends each forward at the last of `sites`, which are in call order. compat: "peft-corda" for PEFT's
-    sums (see `scaled_by_sequence`). devices: site name -> where its sums are kept, then by each process its own; on the
-    host by default. exact: products of float32 on a device, too. sampled: so many tokens of every site are kept.
-    owners: which local rank writes a site.
+    whole: False ends each forward at the last of `sites`, which are in call order, unless one is called again. compat:
+    "peft-corda" for PEFT's sums (see `scaled_by_sequence`). devices: site name -> where its sums are kept, then by each
+    process its own; on the host by default. exact: products of float32 on a device, too. sampled: so many tokens of
+    every site are kept. owners: which local rank writes a site.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Part:
             else:
                 self.sums[site.name] = host_sums(site, kind, world, self.owners[site.name], sampled)
         self.on_devices = bool(devices)
-        self._network, self._whole = network, whole
+        self._network, self._whole = network, whole or not all(site.once for site in sites)
         self._rows = RealRows()
         self._masks: dict[nn.Module, str] = {}  # of the modules of fused experts
         layers = network.layers

@@ -146,8 +146,8 @@ def _real_part(value: Any, real: Tensor, size: int) -> Any:
 class _Products(TorchFunctionMode):
     """Computes each product with an expert's weight by the expert's layer.
 
-    The weight is known as a view of a parameter of `owner`, the module of fused experts that was called last; which rows
-    of its input an expert is given, from the indexing that takes them.
+    The weight is known as a view of a parameter of `owner`, the module of fused experts that was called last; which
+    rows of its input an expert is given, from the indexing that takes them.
     """
 
     def __init__(self, experts: Iterable[ExpertLinear]):
