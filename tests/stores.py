@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from prep.store import open_store
+from prep.store.format.schema import child
+from prep.store.site import read_site
 
 GIGABYTE = 2**30
 
@@ -21,7 +23,9 @@ def everything(path):
         one = moments[layer]
         out[layer] = [one.kind, one.count, one.members, one.hash, one.shape, one.mean.tolist(), one.diagonal.tolist()]
         out[layer].append(_matrix(one))
-        out[layer].append(None if one.tokens is None else one.tokens.tolist())
+        if one.sampled:
+            priorities = read_site(child(store.root, "moments"), one.site).sample.priorities
+            out[layer] += [one.tokens.tolist(), priorities.tolist()]
         if (half := one.half) is not None:
             out[f"half of {layer}"] = [
                 half.count,

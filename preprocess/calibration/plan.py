@@ -52,9 +52,10 @@ def make_plan(
     tokens = sum(sample_bytes(site, sampled) for site in sites)
     sizes = {site.name: site_bytes(site, kinds[site.name], samples * sampled) for site in sites}
     places = devices or dict.fromkeys(sizes, "host")
-    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places)[:1]
+    fewer = ", or fewer --keep-tokens" if sampled else ""
+    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places, fewer)[:1]
     rest = [site for site in sites if not first or site not in first[0]]
-    passes = [*first, *_filled(rest, sizes, budget, places)]
+    passes = [*first, *_filled(rest, sizes, budget, places, fewer)]
     memory = max((sum(sizes[site.name] for site in part) for part in passes), default=0)
     stored = sums // (1 if moment_dtype == "float64" else 2)
     half = sums // 2 if halves else 0
@@ -77,9 +78,12 @@ def tokens_kept(options: CovarianceOptions, source: Source) -> int:
 
 
 def _filled(
-    sites: Sequence[Site], sizes: Mapping[str, int], budget: int, places: Mapping[str, Any]
+    sites: Sequence[Site], sizes: Mapping[str, int], budget: int, places: Mapping[str, Any], fewer: str
 ) -> list[list[Site]]:
-    """The sites in order, a new pass begun where the next one would be over the budget of its place."""
+    """The sites in order, a new pass begun where the next one would be over the budget of its place.
+
+    fewer: what else to advise where one is over it alone.
+    """
     passes: list[list[Site]] = []
     used: Counter[Any] = Counter()
     for site in sites:
@@ -87,7 +91,7 @@ def _filled(
         if size > budget:
             raise PrepError(
                 f"{site.name} needs {size / 1e9:.3g} GB of accumulators, the --memory-budget is {budget / 1e9:.3g} GB: "
-                "raise it, or take --moment auto or diagonal"
+                f"raise it, or take --moment auto or diagonal{fewer}"
             )
         place = places[site.name]
         if not passes or used[place] + size > budget:

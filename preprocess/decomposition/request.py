@@ -161,8 +161,18 @@ def _checked_layers(store: Store, methods: Sequence[Method]) -> dict[str, LayerM
             sampled = layers[layer].sampled > 0
             reason = next(filter(None, (check_sample(sampled, method) for method in methods)), None)
             if reason:
-                raise StoreError(f"{layer}: {reason}")
+                raise StoreError(f"{layer}: {reason}: {_keep_tokens(store)}")
     return layers
+
+
+def _keep_tokens(store: Store) -> str:
+    """What brings a store a sample of tokens."""
+    corpus = store.corpus or {}
+    if "parts" in corpus:
+        return "calibrate the parts of this pool with `--keep-tokens 4096` and pool them again"
+    if corpus.get("source") == "batches":
+        return "calibrate again with overwrite=True, keep_tokens=4096"
+    return "run its `prep covariance` command again with `--overwrite --keep-tokens 4096`"
 
 
 def _matching_modules(request: Request, net: nn.Module) -> dict[str, nn.Module]:

@@ -134,10 +134,7 @@ def check(moment_kind: str | None, method: Method) -> str | None:
 
 
 def check_sample(sampled: bool, method: Method) -> str | None:
-    """Why a layer with or without a sample of its tokens cannot serve the method, in one line; None if it can."""
+    """Why a layer with or without a sample of its tokens cannot serve the method; None if it can."""
     if method.pooling == "rms" or sampled:
         return None
-    return (
-        f"pooling {method.pooling} needs a sample of the tokens, which was not kept: run the calibration's "
-        "`prep covariance` command again with `--overwrite --keep-tokens 4096`"
-    )
+    return f"pooling {method.pooling} needs a sample of the tokens, and none was kept"

@@ -59,7 +59,8 @@ def whitened_svd(W: np.ndarray, moment: InputStatistics | None, method: Method) 
     value is NaN or Inf.
     """
     reason = check(moment.kind if moment else None, method)
-    reason = reason or check_sample(moment is not None and moment.tokens is not None, method)
+    if reason is None and (lacking := check_sample(moment is not None and moment.tokens is not None, method)):
+        reason = f"{lacking}: calibrate with `prep covariance --keep-tokens 4096`"
     if reason:
         raise PrepError(reason)
     W = np.asarray(W, dtype=np.float64)

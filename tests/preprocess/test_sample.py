@@ -409,7 +409,7 @@ def test_the_advised_command_works(made, tmp_path):
     assert runner.invoke(main, calibrate).exit_code == 0
     refused = runner.invoke(main, decompose)
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
-    assert "`prep covariance` command again with `--overwrite --keep-tokens 4096`" in refused.stderr
+    assert "run its `prep covariance` command again with `--overwrite --keep-tokens 4096`" in refused.stderr
     assert runner.invoke(main, [*calibrate, "--overwrite", "--keep-tokens", "4096"]).exit_code == 0
     done = runner.invoke(main, decompose)
     assert done.exit_code == 0 and "basis identity-activation-mean_abs, 14 layers" in done.stdout

@@ -170,6 +170,13 @@ def test_halves_that_cannot_be(store, half):
     refused(store, "damaged")
 
 
+@pytest.mark.parametrize("sample", [0, -1, 11, 13, 10**6, 2**60, 1.5, None, [12], True])
+def test_samples_that_cannot_be(store, sample):
+    assert open_store(store).moments[SITE].sampled == 12
+    edit(store, f"moments/{SITE}", lambda document: document["attributes"].update(sample=sample))
+    refused(store, "damaged")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"ranks": [4, 4]}, {"ranks": []}, {"excess": []}, {"unseen": [-1.0]}, {"least": [float("inf")]}, {"least": ["x"]}],
