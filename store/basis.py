@@ -162,7 +162,7 @@ class BasisSet(Mapping[str, Basis]):
         """StoreError if an array is too large to be credible."""
         for shape in self._groups:
             for role, layout in self.arrays(shape).items():
-                check_size(layout, self.dtype, f"{self._group.store_path}/{group_key(shape)}/{role}")
+                check_size(layout, self.dtype, f"{schema.name_of(self._group)}/{group_key(shape)}/{role}")
 
     def _check_complete(self) -> None:
         """StoreError unless the records are those of all layers, and those that the basis was finished with."""
@@ -265,7 +265,7 @@ class BasisSet(Mapping[str, Basis]):
         record, last = self.layers[layer], role == "spectrum"
         known = record.checksums[-_DIGITS:] if last else record.checksums[-2 * _DIGITS : -_DIGITS]
         if known and checksum(row.numpy()) != int(known, 16):
-            where = f"{self._group.store_path}/{group_key(record.shape)}/{role}"
+            where = f"{schema.name_of(self._group)}/{group_key(record.shape)}/{role}"
             raise StoreError(f"{where} (row {record.index}, {layer}) is {OTHER_VERSION}: restore the store from a copy")
 
 

@@ -43,12 +43,14 @@ class LayerMoment:
         self.hash = str(attrs["hash"])
         self._hashes: dict[str, str] = attrs["arrays"]
         if not schema.is_count(self.count):
-            raise StoreError(f"{group.store_path} has the kind {self.kind!r} of {self.count} tokens: it is damaged")
+            raise StoreError(
+                f"{schema.name_of(group)} has the kind {self.kind!r} of {self.count} tokens: it is damaged"
+            )
         if sealed not in ("", self.hash):
-            raise StoreError(f"{group.store_path} is {OTHER_VERSION}: restore the store from a copy")
+            raise StoreError(f"{schema.name_of(group)} is {OTHER_VERSION}: restore the store from a copy")
         shapes = {name: schema.check_shape(member["shape"], name) for name, member in self.members.items()}
         if len({d_in for _, d_in in shapes.values()}) != 1:
-            raise StoreError(f"{group.store_path} has members of several widths: it is damaged")
+            raise StoreError(f"{schema.name_of(group)} has members of several widths: it is damaged")
         self.shape = shapes[layer]
         self.weight_hash = str(self.members[layer]["weight_hash"])
         self.share = 1.0
@@ -151,9 +153,9 @@ class Moments(Mapping[str, LayerMoment]):
             for layer in layers:
                 schema.check_name(layer, "layer")
             if not layers:
-                raise StoreError(f"{group.store_path} gives the site {site} no layer: the store is damaged")
+                raise StoreError(f"{schema.name_of(group)} gives the site {site} no layer: the store is damaged")
         if sealed is not None and (self._hashes.keys() != self.sites.keys() or sealed != combined(self._hashes)):
-            raise StoreError(f"{group.store_path} is {OTHER_VERSION}: restore the store from a copy")
+            raise StoreError(f"{schema.name_of(group)} is {OTHER_VERSION}: restore the store from a copy")
         self._site_of = {layer: site for site, layers in self.sites.items() for layer in layers}
 
     def __getitem__(self, layer: str) -> LayerMoment:
@@ -167,7 +169,7 @@ class Moments(Mapping[str, LayerMoment]):
         except (KeyError, ValueError) as error:
             raise StoreError(f"the moments of {site} are missing or damaged: restore the store from a copy") from error
         if set(moment.members) != set(self.sites[site]):
-            raise StoreError(f"{self._group.store_path}/{site} lists other members than /moments: it is damaged")
+            raise StoreError(f"{schema.name_of(self._group)}/{site} lists other members than /moments: it is damaged")
         return moment
 
     def __repr__(self) -> str:

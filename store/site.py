@@ -131,7 +131,9 @@ def read_site(group: zarr.Group, site: str) -> SiteData:
     try:
         stored = schema.child(group, site)
     except (KeyError, ValueError) as error:
-        raise StoreError(f"{group.store_path}/{site} is missing or damaged: restore the store from a copy") from error
+        raise StoreError(
+            f"{schema.name_of(group)}/{site} is missing or damaged: restore the store from a copy"
+        ) from error
     attrs = schema.attributes(stored, SITE)
     hashes: dict[str, str] = attrs["arrays"]
     shapes = {layer: schema.check_shape(member["shape"], layer) for layer, member in attrs["members"].items()}
@@ -175,7 +177,7 @@ def checked_half(group: zarr.Group, attrs: Mapping[str, Any]) -> tuple[int, floa
         return None
     count, share = half["count"], float(half["share"])
     if not (schema.is_count(count, 1) and count < attrs["count"] and 0 < share < 1):
-        raise StoreError(f"{group.store_path} has a half of {count} tokens with the share {share}: it is damaged")
+        raise StoreError(f"{schema.name_of(group)} has a half of {count} tokens with the share {share}: it is damaged")
     return count, share
 
 
@@ -183,7 +185,7 @@ def checked_sample(group: zarr.Group, attrs: Mapping[str, Any]) -> int:
     """How many of a site's tokens were kept by its attributes, 0 where it has no sample. StoreError if damaged."""
     n = attrs.get(SAMPLE, 0)
     if SAMPLE in attrs and not (schema.is_count(n, 1) and n <= attrs["count"]):
-        raise StoreError(f"{group.store_path} has a sample of {n} of {attrs['count']} tokens: it is damaged")
+        raise StoreError(f"{schema.name_of(group)} has a sample of {n} of {attrs['count']} tokens: it is damaged")
     return n
 
 
@@ -199,7 +201,7 @@ def _own_layout(group: zarr.Group, name: str) -> schema.Layout:
     if name == "tokens" and len(shape) == 2 and all(schema.is_count(size, 1) for size in shape):
         return schema.rows(*shape, "float32")
     if not shape or not schema.is_count(shape[0], 1):
-        raise StoreError(f"{group.store_path}/{name} has the shape {shape!s:.80}: the store is damaged")
+        raise StoreError(f"{schema.name_of(group)}/{name} has the shape {shape!s:.80}: the store is damaged")
     vector = name.removeprefix(f"{HALF}/") in (*VECTORS, "priorities")
     return (schema.vector if vector else schema.symmetric)(shape[0], *MOMENT_DTYPES)
 
@@ -212,11 +214,11 @@ def combined(hashes: Mapping[str, str]) -> str:
 def check_hashes(group: zarr.Group, attrs: Mapping[str, Any], layouts: Mapping[str, schema.Layout]) -> None:
     """StoreError unless a site's hashes are those of its arrays, which can be as large as they are said to be."""
     if attrs["arrays"].keys() != layouts.keys():
-        raise StoreError(f"{group.store_path} does not hold the arrays of its kind: it is damaged")
+        raise StoreError(f"{schema.name_of(group)} does not hold the arrays of its kind: it is damaged")
     if attrs["hash"] != combined(attrs["arrays"]):
-        raise StoreError(f"{group.store_path} has a hash that is not that of its arrays' hashes: it is damaged")
+        raise StoreError(f"{schema.name_of(group)} has a hash that is not that of its arrays' hashes: it is damaged")
     for name, layout in layouts.items():
-        check_size(layout, layout.dtypes[0], f"{group.store_path}/{name}")
+        check_size(layout, layout.dtypes[0], f"{schema.name_of(group)}/{name}")
 
 
 def read_parts(array: schema.Array, known: str) -> Iterator[tuple[Region, Tensor]]:

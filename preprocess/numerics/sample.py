@@ -20,13 +20,15 @@ Key = tuple[int, int]  # of a corpus, and of a sequence in it; both below 2^64
 def priorities(keys: Sequence[Key], lengths: Sequence[int], call: int = 0) -> np.ndarray:
     """Priorities (n,) from 0 to 1 of the tokens of sequences, `lengths[i]` of that with `keys[i]`, in order.
 
+    Made of words of Philox (NumPy keeps these the same in all versions).
+
     call: of a layer that is called several times in a forward, whose inputs are tokens of their own each time.
     """
-    draws = [
-        np.random.Generator(np.random.Philox(key=np.array([(seed + call) % 2**64, number], np.uint64))).random(length)
+    words = [
+        np.random.Philox(key=np.array([(seed + call) % 2**64, number], np.uint64)).random_raw(length)
         for (seed, number), length in zip(keys, lengths, strict=True)
     ]
-    return np.concatenate(draws) if draws else np.zeros(0)
+    return (np.concatenate(words) >> np.uint64(11)) * 2.0**-53
 
 
 class Sample:

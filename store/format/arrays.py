@@ -20,7 +20,7 @@ from zarr.abc.store import Store as ZarrStore
 
 from ...errors import StoreError
 from .documents import BF16_NAN, DTYPES, MAX_DOCUMENT, Layout, array_document, checked_array, storage_dtype
-from .files import fetch_each, put_each
+from .files import fetch_each, put_each, shown
 
 Region = tuple[slice, ...]
 OTHER_VERSION = "not the one that the metadata speak of, but of another version"
@@ -36,7 +36,7 @@ class Array:
     dtype: str
 
     def __str__(self) -> str:
-        return f"{self.store}/{self.path}"
+        return shown(self.store, self.path)
 
     @cached_property
     def chunk_bytes(self) -> int:

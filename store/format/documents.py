@@ -21,7 +21,7 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 
 from ...errors import StoreError
-from .files import fetch
+from .files import fetch, shown
 from .untrusted import loads, mismatch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -88,7 +88,7 @@ def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
     """The zarr.json of a "group" or "array". FileNotFoundError where there is none, ValueError for others."""
     raw = fetch(store, f"{path}/zarr.json".lstrip("/"), MAX_DOCUMENT + 1)
     if raw is None:
-        raise FileNotFoundError(f"{store}/{path}")
+        raise FileNotFoundError(shown(store, path))
     return parsed(raw, node)
 
 
@@ -130,7 +130,7 @@ def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None
 
     StoreError otherwise.
     """
-    where = f"{store}/{path}"
+    where = shown(store, path)
     try:
         document = parsed(raw or b"", "array")
     except ValueError as error:
@@ -144,8 +144,8 @@ def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None
     extra = {name for name in document if name not in wanted and document[name] is not None}
     wrong = sorted(extra | {name for name in wanted if _plain(document.get(name)) != _plain(wanted[name])})
     if wrong:
-        shown = ", ".join(name if name in wanted else repr(name)[:40] for name in wrong)
-        raise StoreError(f"{where} has an unexpected {shown}: it is damaged, or not written by prep")
+        said = ", ".join(name if name in wanted else repr(name)[:40] for name in wrong)
+        raise StoreError(f"{where} has an unexpected {said}: it is damaged, or not written by prep")
     if check_size(layout, dtype, where) > PROBED:
         first = next(layout.chunk_keys())
         if len(fetch(store, f"{path}/{first}", 2, layout.chunk_bytes(dtype) - 1) or b"") != 1:
@@ -196,9 +196,13 @@ def attributes(group: zarr.Group, pattern: Mapping[str, Any]) -> dict[str, Any]:
     attrs = dict(group.attrs)
     seal = attrs.pop("attrs_hash", None)
     if (at := mismatch(attrs, pattern)) is not None:
-        raise StoreError(f"{group.store_path} lacks a valid attribute {at[1:]!r:.200}: the store is damaged")
+        raise StoreError(
+            f"{shown(group.store, group.path)} lacks a valid attribute {at[1:]!r:.200}: the store is damaged"
+        )
     if seal != _attrs_hash(attrs):
-        raise StoreError(f"{group.store_path} has attributes that do not match their hash: restore it from a copy")
+        raise StoreError(
+            f"{shown(group.store, group.path)} has attributes that do not match their hash: restore it from a copy"
+        )
     return attrs
 
 

@@ -13,7 +13,7 @@ import stat
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
@@ -25,6 +25,16 @@ from .zarr_core import sync, to_buffer
 AT_ONCE = 16
 
 Item = TypeVar("Item")
+
+
+def shown(store: ZarrStore, path: str = "") -> str:
+    """A place in a store as messages name it: a path, or a URL as far as its file system tells."""
+    other: Any = store
+    if isinstance(store, LocalStore):
+        root = str(store.root)
+    else:
+        root = str(other.fs.unstrip_protocol(other.path)) if hasattr(other, "fs") else str(store)
+    return f"{root}/{path}" if path else root
 
 
 def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | None:
@@ -131,4 +141,4 @@ def _put_local(path: str, content: bytes) -> None:
 
 def _unreadable(store: ZarrStore, key: str, error: Exception) -> StoreError:
     said = (str(error).splitlines() or [type(error).__name__])[0]
-    return StoreError(f"{store}/{key} cannot be read ({said}): check path, permission and connection")
+    return StoreError(f"{shown(store, key)} cannot be read ({said}): check path, permission and connection")

