@@ -25,6 +25,8 @@ from .format.untrusted import MOMENTS, SITE
 from .site import HALF, check_hashes, checked_half, combined, read_parts, site_arrays
 from .site import SiteData as SiteData
 
+IDLE = "no token of the data was routed to it"  # why an expert is skipped
+
 
 class LayerMoment:
     """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`.
@@ -97,6 +99,18 @@ class LayerMoment:
     def mean(self) -> Tensor:
         """E[x] (d_in,)."""
         return self._vector("mean")
+
+    def squares(self) -> Tensor:
+        """`diagonal` (d_in,), of a full moment from the chunks on the diagonal of C alone: a fraction of its bytes.
+
+        These are checked by their checksums, not by the hash of all of C.
+        """
+        if self.kind != "full":
+            return self.diagonal
+        name = self._prefix + "second_moment"
+        array = schema.open_array(self._group, name, self.arrays[name])
+        blocks = [(slice(a, b), slice(a, b)) for a, b in schema.panels(self.shape[1])]
+        return torch.cat([block.diagonal() for block in schema.read_each([(array, block) for block in blocks])])
 
     def _vector(self, name: str) -> Tensor:
         name = self._prefix + name

@@ -1,0 +1,59 @@
+"""Why a section has nothing to show, in one sentence, and the command that would change that."""
+
+from __future__ import annotations
+
+from ..commands import store_option
+from .gather import Facts
+
+Why = tuple[str, str]  # the sentence, and the command
+
+
+def no_kept(facts: Facts) -> Why:
+    """Why no basis says what it keeps of the output."""
+    if not facts.bases:
+        return no_bases(facts)
+    if facts.sites is None:
+        return "What a basis keeps of the output is told by moments, and the store has none.", _covariance(facts)
+    if not any(site.matrix for site in facts.sites):
+        why = "Diagonal moments do not tell what a basis keeps of the output: full ones do, or those of outputs."
+        return why, _covariance(facts, " --moment full --overwrite")
+    return "The bases were made before what they keep of the output was noted.", _again(facts)
+
+
+def no_bases(facts: Facts) -> Why:
+    """Why there is no basis."""
+    if facts.info["status"] != "complete":
+        return "The store is not complete: run the same command again.", _covariance(facts)
+    return "There is no complete basis.", f"prep decompose{store_option(facts.store.location)}"
+
+
+def no_excess(facts: Facts) -> Why:
+    """Why no basis says how far it is from the best one."""
+    if not facts.bases:
+        return no_bases(facts)
+    if facts.sites is None:
+        return "The store has no moments, by which bases of more and of fewer tokens are compared.", _covariance(facts)
+    if not any(site.half for site in facts.sites):
+        why = "The calibration kept no halves of its tokens, which tell how far a basis is from the best one."
+        return why, _covariance(facts, " --overwrite")
+    if any(basis.excess for basis in facts.bases.values()):
+        why = "The bases do not depend on the tokens, so more of them would gain nothing."
+        return why, f"prep decompose{store_option(facts.store.location)}"
+    return "The bases were not compared between the halves of the tokens.", _again(facts)
+
+
+def no_layers(facts: Facts) -> Why:
+    """Why there are no layers to look at."""
+    if facts.info["status"] != "complete":
+        return no_bases(facts)
+    return "There are neither moments nor bases to look at.", _covariance(facts)
+
+
+def _covariance(facts: Facts, options: str = "") -> str:
+    return f"prep covariance --model X --data Y{options}{store_option(facts.store.location)}"
+
+
+def _again(facts: Facts) -> str:
+    """The command that makes the first basis anew."""
+    basis = next(iter(facts.bases.values())).basis
+    return basis.command(int(basis.method["rank"])).strip("`")
