@@ -68,7 +68,7 @@ BASIS = {
     },
     "dtype": ("float64", "float32", "float16", "bfloat16"),
     "model": _MODEL,
-    "groups": {str: {"layers": list, "rank": int, "spectrum": int}},
+    "groups": {str: {"layers": list, "rank": int, "spectrum": int, "shares?": [("kept", "unseen")]}},
     "layers": {
         str: {
             "shape": [int],
@@ -83,6 +83,7 @@ BASIS = {
             "weight_dtype": Word,
             "hash?": str,
             "checksums?": str,
+            "shares?": str,
             "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
         }
     },
