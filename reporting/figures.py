@@ -233,6 +233,65 @@ def mean_losses(basis: BasisFacts, layers: Sequence[str]) -> dict[int, float]:
     return {rank: 1 - statistics.fmean(at(own, rank, basis.ranks[-1]).values()) for rank in basis.ranks if own}
 
 
+def budget_curves(bases: Sequence[BasisFacts]) -> go.Figure:
+    """Lost output against parameters: ranks by layer (full lines) and equal ranks (dotted)."""
+    figure = go.Figure()
+    for number, basis in enumerate(bases):
+        for words, dash in (("ranks by layer", "solid"), ("equal ranks", "dot")):
+            lost = [1 - (one.kept if dash == "solid" else one.kept_equal) for one in basis.budgets]
+            figure.add_scatter(
+                x=[one.parameters for one in basis.budgets],
+                y=rounded([max(share, FLOOR) for share in lost]),
+                text=[f"{one.parameters:,} parameters, those of rank {one.equal}" for one in basis.budgets],
+                name=text(f"{basis.name}, {words}"),
+                mode="lines+markers",
+                marker={"size": 5},
+                line=line(number) | {"dash": dash},
+                hovertemplate=f"%{{text}}<br>%{{y:.2%}} lost<extra>{words}</extra>",
+            )
+    lowest = min(lost for trace in figure.data for lost in trace.y)
+    ticks = marks(lowest, 1)
+    figure.update_layout(template=TEMPLATE, height=340, showlegend=True, margin={"t": 60})
+    figure.update_xaxes(type="log", title_text="parameters of LoRA, sum of r (d_in + d_out)", dtick=1)
+    figure.update_yaxes(type="log", title_text="lost output", tickvals=ticks, ticktext=[f"{100 * t:g} %" for t in ticks])
+    return figure
+
+
+def budget_ranks(bases: Sequence[BasisFacts], places: Places) -> go.Figure:
+    """Ranks by block and kind of layer: a basis by the menu, a budget by the slider."""
+    equal = sorted({one.equal for basis in bases for one in basis.budgets})
+    cells = [
+        [places.cells(next((one.ranks for one in basis.budgets if one.equal == rank), {})) for basis in bases]
+        for rank in equal
+    ]
+    changes = [
+        {"z": [_logarithms(one) for one in row], "text": [_rank_texts(one) for one in row]} for row in cells
+    ]
+    most = max(max(one.ranks.values()) for basis in bases for one in basis.budgets)
+    ticks = [2**i for i in range(most.bit_length())]
+    bar = {"title": {"text": "rank", "side": "top"}, "outlinewidth": 0, "thickness": 12}
+    bar |= {"tickvals": [math.log2(tick) for tick in ticks], "ticktext": [str(tick) for tick in ticks]}
+    first = max((i for i, rank in enumerate(equal) if rank <= BEGIN), default=0)
+    scale = {"zmin": 0, "zmax": math.log2(most), "colorbar": bar}
+    figure = blocks_figure(places, changes[first], scale, len(bases))
+    figure.update_layout(
+        updatemenus=[choice([basis.name for basis in bases], _one_of(len(bases)))],
+        sliders=[slider("as many parameters as rank", [str(rank) for rank in equal], changes, first)],
+    )
+    return figure
+
+
+def _logarithms(cells: list[list[Cell | None]]) -> list[list[float | None]]:
+    return [rounded([None if one is None else math.log2(one.mean) for one in row]) for row in cells]
+
+
+def _rank_texts(cells: list[list[Cell | None]]) -> list[list[str]]:
+    def said(one: Cell) -> str:
+        return f"rank {one.mean:g}" if one.count == 1 else f"rank {one.low:g} to {one.high:g}, mean {one.mean:.1f}"
+
+    return [["" if one is None else said(one) for one in row] for row in cells]
+
+
 def experts(sites: Sequence[SiteFacts], idle: Sequence[str]) -> go.Figure:
     """Tokens of every expert by block: of its inputs, the one that saw most; `idle` ones saw none."""
     counts: dict[tuple[int, int], int] = dict.fromkeys((_expert(layer) for layer in idle), 0)

@@ -15,6 +15,7 @@ from ..store import BasisSet, Store
 from ..store.excess import doubled, median_excess
 from ..store.info import info
 from ..store.moments import IDLE
+from .budgets import Budget, budgets
 from .inputs import SiteFacts, site_facts
 from .layers import Places, places_of
 
@@ -27,17 +28,22 @@ class BasisFacts:
     """One complete basis.
 
     ranks: 1, 2, 4 ... and the largest stored one. kept: layer -> share of E||W x||^2 (r,) that its first 1 .. r
-    directions keep, of the layers of which the store tells it. spectra: layer -> (place from 1, S_i / S_1) at up to
-    POINTS of its values, evenly spread on a logarithmic axis. excess: rank -> median relative excess, of the layers
-    whose records have it.
+    directions keep (of the input variance for EVA), of the layers of which the store knows it. spectra: layer -> (place
+    from 1, S_i / S_1) at up to POINTS of its values, evenly spread on a logarithmic axis. excess: rank -> median relative
+    excess, of the layers whose records have it. budgets: those of the ranks, where they can be told.
     """
 
-    name: str
     basis: BasisSet
     ranks: list[int]
     kept: dict[str, np.ndarray]
     spectra: dict[str, tuple[np.ndarray, np.ndarray]]
     excess: dict[int, float]
+    budgets: list[Budget]
+
+    @property
+    def name(self) -> str:
+        """Its name, which says where something else is kept than output: EVA's basis is one of the input."""
+        return self.basis.name + (", of the input" if self.basis.method["metric"] == "components" else "")
 
 
 @dataclass(frozen=True)
@@ -83,29 +89,23 @@ def gather(store: Store) -> Facts:
 
 def basis_facts(basis: BasisSet) -> BasisFacts:
     """What is shown of a complete basis."""
-    kept = {layer: shares for layer in basis if (shares := kept_shares(basis, layer)) is not None}
     crossed = [record.crossed for record in basis.layers.values() if record.crossed]
     known = {rank: median_excess(crossed, rank) for rank in sorted({r for one in crossed for r in one["ranks"]})}
+    ranks = [rank for rank in (1, 2, 4) if rank < basis.rank] + list(doubled(basis.rank))
     return BasisFacts(
-        basis.name,
         basis,
-        [rank for rank in (1, 2, 4) if rank < basis.rank] + list(doubled(basis.rank)),
-        kept,
+        ranks,
+        kept_shares(basis),
         {layer: sampled(values.numpy()) for layer, values in basis.spectra()},
         {rank: excess for rank, excess in known.items() if excess is not None},
+        budgets(basis, ranks),
     )
 
 
-def kept_shares(basis: BasisSet, layer: str) -> np.ndarray | None:
-    """The share of E||W x||^2 (r,) that the first 1 .. r directions of a layer keep; None where it is not known."""
-    if not hasattr(basis, "kept"):  # TODO until ranks
-        m, r = basis.method, basis.layers[layer]
-        if m["metric"] == "components":
-            return None
-        values = basis._read_spectrum(layer).numpy() ** 2
-        return np.cumsum(values[: r.rank] / values.sum())
-    kept = basis.kept(layer)
-    return None if kept is None else np.minimum(np.cumsum(kept.numpy()), 1.0)
+def kept_shares(basis: BasisSet) -> dict[str, np.ndarray]:
+    """The share of E||W x||^2 (r,) that the first 1 .. r directions keep, of the layers of which it is known."""
+    shares = basis.shares("kept")
+    return {layer: np.minimum(np.cumsum(kept.numpy()), 1.0) for layer, kept in shares.items()}
 
 
 def sampled(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..commands import store_option
+from .budgets import LAYERS
 from .gather import Facts
 
 Why = tuple[str, str]  # the sentence, and the command
@@ -20,10 +21,24 @@ def no_kept(facts: Facts) -> Why:
     return "The bases were made before what they keep of the output was noted.", _again(facts)
 
 
+def no_budget(facts: Facts) -> Why:
+    """Why no ranks are chosen."""
+    layers = [len(basis.basis) for basis in facts.bases.values() if basis.kept]
+    if not layers:
+        return no_kept(facts)
+    if min(layers) > LAYERS:
+        why = f"Ranks of more than {LAYERS:,} layers are not chosen here."
+    else:
+        why = "Ranks are chosen by what the directions keep of the output, and the bases here keep input."
+    return why, f"prep ranks --budget 95%{store_option(facts.store.location)}"
+
+
 def no_bases(facts: Facts) -> Why:
     """Why there is no basis."""
     if facts.info["status"] != "complete":
         return "The store is not complete: run the same command again.", _covariance(facts)
+    if facts.sites is None:
+        return "There are neither moments nor bases to look at.", _covariance(facts)
     return "There is no complete basis.", f"prep decompose{store_option(facts.store.location)}"
 
 
@@ -36,17 +51,11 @@ def no_excess(facts: Facts) -> Why:
     if not any(site.half for site in facts.sites):
         why = "The calibration kept no halves of its tokens, which tell how far a basis is from the best one."
         return why, _covariance(facts, " --overwrite")
-    if any(basis.excess for basis in facts.bases.values()):
+    methods = [basis.basis.method for basis in facts.bases.values()]
+    if all(method["metric"] == "identity" and method.get("select") != "activation" for method in methods):
         why = "The bases do not depend on the tokens, so more of them would gain nothing."
         return why, f"prep decompose{store_option(facts.store.location)}"
     return "The bases were not compared between the halves of the tokens.", _again(facts)
-
-
-def no_layers(facts: Facts) -> Why:
-    """Why there are no layers to look at."""
-    if facts.info["status"] != "complete":
-        return no_bases(facts)
-    return "There are neither moments nor bases to look at.", _covariance(facts)
 
 
 def _covariance(facts: Facts, options: str = "") -> str:

@@ -34,8 +34,10 @@ def report(
     try:
         from .page import page
     except ImportError as error:
-        raise PrepError(f'a report needs {error.name}: pip install "prep-bases[report]"') from error
-    content = page(store if isinstance(store, Store) else open_store(store), MARK).encode()
+        package = str(error.name).partition(".")[0]
+        raise PrepError(f'a report needs {package}: pip install "prep-bases[report]"') from error
+    opened = open_store(store.location if isinstance(store, Store) else store)  # as it is by now
+    content = page(opened, MARK).encode()
     try:
         with disk_guard(target.parent, len(content)), written(target) as partial:
             partial.write_bytes(content)

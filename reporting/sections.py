@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from ..store.info import basis_rows, corpus_lines, skipped_lines
 from . import figures
 from .gather import Facts
-from .missing import no_bases, no_excess, no_kept, no_layers
+from .missing import no_bases, no_budget, no_excess, no_kept
 from .standing import SHOWN, findings
 
 _NUMBER = re.compile(r"([\d.,]+(e[+-]\d+)?( %)?)?")
@@ -60,7 +60,7 @@ class Section:
 
 def sections(facts: Facts) -> list[Section]:
     """All sections in their order; the one on experts only where there are some."""
-    made = [_made(facts), _kept(facts), _spectra(facts), _excess(facts), _losses(facts)]
+    made = [_made(facts), _kept(facts), _spectra(facts), _excess(facts), _losses(facts), _budget(facts)]
     made += [_experts(facts)] if any(site.expert for site in facts.sites or ()) else []
     return [*made, _standing(facts)]
 
@@ -180,6 +180,29 @@ _LOSSES = (
 )
 
 
+def _budget(facts: Facts) -> Section:
+    section = Section("budget", "Ranks under a budget")
+    bases = [basis for basis in facts.bases.values() if basis.budgets]
+    if not bases:
+        return _without(section, *no_budget(facts))
+    parts = [
+        Part(figure=figures.budget_curves(bases), caption=_CURVES),
+        Part(figure=figures.budget_ranks(bases, facts.places), caption=_RANKS),
+    ]
+    return _with(section, parts)
+
+
+_CURVES = (
+    "What is lost of the outputs, the mean of the layers, if all layers have one rank (dotted), and if as many parameters "
+    "go where they keep most (full lines). Where the lines are far apart, prep ranks --budget writes such ranks as a "
+    "rank_pattern. It is a budget of output error, not of accuracy."
+)
+_RANKS = (
+    "The ranks that a budget gives, as many parameters as the rank of the slider has everywhere. Bright cells are worth "
+    "more directions than the others."
+)
+
+
 def _experts(facts: Facts) -> Section:
     section = Section("experts", "Tokens of the experts")
     sites = [site for site in facts.sites or () if site.expert]
@@ -198,7 +221,7 @@ _EXPERTS = (
 def _standing(facts: Facts) -> Section:
     section = Section("standing", "Layers that stand out")
     if facts.sites is None and not facts.bases:
-        return _without(section, *no_layers(facts))
+        return _without(section, *no_bases(facts))
     found = findings(facts.sites or (), [basis.basis for basis in facts.bases.values()])
     far = any(site.dead is None for site in facts.sites or ())
     lead = "The channels of full moments were not read from afar: prep pull brings the store here." if far else ""

@@ -12,15 +12,23 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LIMIT = 120  # seconds for an answer
-_FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking
---disable-component-update --disable-sync --no-first-run --no-default-browser-check --remote-debugging-pipe""".split()
+LIMIT = 60  # seconds for an answer
+_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+_FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run", "--remote-debugging-pipe"]
+# the numbers by which the browser knows its pipes
+_ON_3_AND_4 = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(given), fcntl.F_DUPFD, 10) for given in sys.argv[1:3])
+os.dup2(read, 3), os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -54,19 +62,32 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=path.resolve().as_uri())
-        while not self.ask("document.readyState == 'complete' && location.protocol == 'file:'"):
-            time.sleep(0.05)
+        self.until("document.readyState == 'complete' && location.protocol == 'file:'")
 
     def ask(self, script: str) -> Any:
-        """The value of an expression; that of a promise when it is kept."""
-        given = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        """The value of an expression."""
+        given = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in given, given
         return given["result"].get("value")
+
+    def until(self, script: str) -> None:
+        """Wait for an expression to be true."""
+        end = time.monotonic() + LIMIT
+        while not self.ask(script):
+            assert time.monotonic() < end, script
+            time.sleep(0.05)
 
     def click(self, x: float, y: float) -> None:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             button = "none" if kind == "mouseMoved" else "left"
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1)
+
+    def middle(self, selector: str, number: int) -> tuple[float, float]:
+        """Where the middle of an element is in the window, scrolled there: of those that match, by number."""
+        found = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
+        self.ask(f"{found}.scrollIntoView({{block: 'center'}})")
+        box = self.ask(f"{found}.getBoundingClientRect().toJSON()")
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._left:
@@ -95,11 +116,10 @@ def browser(profile: Path) -> Iterator[Browser]:
     """A browser with a new profile, which ends with the block."""
     assert FOUND is not None
     (their_read, write), (read, their_write) = os.pipe(), os.pipe()
-    command = [FOUND, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    shell = ["sh", "-c", f'exec "$@" 3<&{their_read} 4>&{their_write}', "sh", *command]
-    child = subprocess.Popen(
-        shell, pass_fds=(their_read, their_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", _ON_3_AND_4, str(their_read), str(their_write)]
+    command += [FOUND, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(command, pass_fds=(their_read, their_write), **quiet)
     os.close(their_read)
     os.close(their_write)
     try:

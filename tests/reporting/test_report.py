@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+import torch
 from pages import Page
 
 import prep
@@ -78,9 +79,9 @@ def test_spectra_are_medians_and_ranges_of_kinds(made):
 def test_the_excess_falls_as_tokens_to_the_minus_08(made):
     figure, store = made.page.figure("data"), open_store(made.store)
     names = [button["label"] for button in figure.layout["updatemenus"][0]["buttons"]]
-    assert names == ["full", "diagonal", "eva"]  # plain SVD does not depend on the tokens
+    assert names == ["full", "diagonal", "eva, of the input"]  # plain SVD does not depend on the tokens
     traces = iter(figure.data)
-    for name in names:
+    for name in ("full", "diagonal", "eva"):
         records = [record.crossed for record in store.bases[name].layers.values() if record.crossed]
         assert len(records) == len(KINDS) * 2
         for i, rank in enumerate((8, 16)):
@@ -139,7 +140,7 @@ def test_bases_are_shown_without_reading_u_and_p(made, tmp_path):
 
 def test_experts_are_shown_with_the_tokens_routed_to_them(tmp_path):
     net = tiny.model("Qwen3-MoE")
-    with __import__("torch").no_grad():
+    with torch.no_grad():
         for name, parameter in net.named_parameters():
             if name.endswith("mlp.gate.weight"):
                 parameter[3] = -100 * parameter[:3].abs().sum(0)
@@ -163,7 +164,6 @@ def test_dense_models_have_no_section_on_experts(made):
 def test_inputs_that_stand_out_are_named_with_why(tmp_path):
     """One site with a dead and a loud channel, one whose mean is nearly all, one with few tokens, one as usual."""
     rng = np.random.default_rng(0)
-    import torch
 
     def site(name, X):
         C = X.T @ X / len(X)
@@ -189,3 +189,20 @@ def test_inputs_that_stand_out_are_named_with_why(tmp_path):
     assert "model.layers.0.usual" not in page.sections["standing"]
     for title in ("Fewer tokens than the input is wide", "Dead input", "Outlier channels", "Large means"):
         assert f"{title}" in page.sections["standing"]
+
+
+def test_layers_that_are_ill_conditioned_are_named_with_their_numerical_rank(tmp_path):
+    net = tiny.llama()
+    q, down = net.model.layers[0].self_attn.q_proj, net.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        q.weight[5:] = q.weight[:1]
+        down.weight[25:] = down.weight[:1]
+    model = tiny.save(net, tmp_path / "model")
+    prep.decompose(tmp_path / "s", for_="pissa", model=model, rank=16, quiet=True)
+    page = Page(prep.report(tmp_path / "s", tmp_path / "r.html"))
+    ill, below = page.tables["standing"]
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    ranks = [np.linalg.matrix_rank(tiny.weight(module)) for module in (q, down)]
+    assert ranks == [5, 25]
+    assert ill[1:] == [[name, str(rank), "32", "identity"] for name, rank in zip(names, ranks, strict=True)]
+    assert below[1:] == [[names[0], "16", "5", "identity"]]

@@ -1,4 +1,4 @@
-"""The dependency rule: cli -> preprocess, adapters, reporting -> store; numerics do no I/O; heavy packages come when needed."""
+"""The dependency rule: cli -> preprocess, adapters, reporting -> store; numerics do no I/O; imports are light."""
 
 import ast
 import subprocess
