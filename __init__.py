@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .store import open_store as open_store
     from .store.info import info as info
     from .store.pool import pool as pool
+    from .store.ranks import ranks as ranks
     from .store.remove import remove as remove
     from .store.transfer import pull as pull
     from .store.transfer import push as push
@@ -58,6 +59,7 @@ _EXPORTS = {
     "report": ".reporting.report",
     "verify": ".preprocess.verify",
     "pool": ".store.pool",
+    "ranks": ".store.ranks",
     "remove": ".store.remove",
     "push": ".store.transfer",
     "pull": ".store.transfer",

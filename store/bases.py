@@ -101,7 +101,7 @@ class Bases(Mapping[str, BasisSet]):
 
 @dataclass(frozen=True)
 class LayerDone:
-    """A layer whose U and P are in the store, with the rows that are not, float64: S (r,), spectrum (k,), shares (r,)."""
+    """A layer whose U and P are in the store, and the float64 rows that are not: S (r,), spectrum (k,), shares (r,)."""
 
     layer: str
     record: LayerRecord
@@ -174,6 +174,11 @@ class BasisWriter:
         pending = Bases(schema.reread(root)).pending(name)
         group = schema.child(root, f"bases/{name if pending is None else _new(name)}")
         return cls(group, BasisSet(name, group), schema.attributes(group, {"layers": dict}))
+
+    @property
+    def shares(self) -> list[str]:
+        """The arrays of SHARES that every group has."""
+        return [role for role in SHARES if all((shape, role) in self._arrays for shape, _ in self._arrays)]
 
     def put(
         self,

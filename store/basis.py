@@ -109,7 +109,7 @@ def row_checksums(rows: Iterable[Tensor]) -> str:
 
 
 def group_arrays(shape: tuple[int, int], group: Mapping[str, Any], dtype: str) -> dict[str, schema.Layout]:
-    """The arrays of the stacked layers of one shape. group: its `layers`, `rank`, `spectrum`, `shares` if it has any."""
+    """The arrays of the stacked layers of one shape. group: its `layers`, `rank`, `spectrum` and, if any, `shares`."""
     d_out, d_in = shape
     n, R, k = len(group["layers"]), group["rank"], group["spectrum"]
     slab, rows = min(R, schema.SLAB), min(n, schema.ROWS)
@@ -208,30 +208,33 @@ class BasisSet(Mapping[str, Basis]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def read(self, layers: Iterable[str] | None = None, rank: int | None = None) -> dict[str, Basis]:
-        """The bases of `layers` (all by default), sliced to the first `rank` directions.
+    def read(
+        self, layers: Iterable[str] | None = None, rank: int | Mapping[str, int] | None = None
+    ) -> dict[str, Basis]:
+        """The bases of `layers` (all by default), sliced to the first `rank` directions, or to those of each layer.
 
         A layer whose stored rank is below `rank` comes with all it has. StoreError for an unknown layer.
         """
-        wanted = self._checked(layers)
+        wanted = self.checked(layers)
         arrays = self.open_arrays({self.layers[layer].shape for layer in wanted}, ("U", "P", "S"))
         regions: list[tuple[schema.Array, Region]] = []
         known: dict[str, int] = {}
+        ranks = {layer: rank[layer] if isinstance(rank, Mapping) else rank for layer in wanted}
         for layer in wanted:
-            record = self.layers[layer]
+            record, first = self.layers[layer], slice(0, ranks[layer])
             row, own = slice(record.index, record.index + 1), [arrays[record.shape, role] for role in "UPS"]
             # S comes whole, as its chunk does: its checksum is that of all directions
-            regions += zip(own, ((row, slice(0, rank)), (row, slice(0, rank)), (row,)), strict=True)
+            regions += zip(own, ((row, first), (row, first), (row,)), strict=True)
             known |= _chunks_of(record, own[:2])
         values = iter(schema.read_each(regions, known))
         out = {}
         for layer in wanted:
             U, P, S = (next(values)[0] for _ in "UPS")
             self._check_row(layer, "S", S)
-            out[layer] = Basis(U.T, S[:rank], P, self.layers[layer], partial(self._read_spectrum, layer))
+            out[layer] = Basis(U.T, S[: ranks[layer]], P, self.layers[layer], partial(self._read_spectrum, layer))
         return out
 
-    def _checked(self, layers: Iterable[str] | None) -> list[str]:
+    def checked(self, layers: Iterable[str] | None) -> list[str]:
         """The layers, all by default. StoreError for an unknown one."""
         wanted = list(self.layers) if layers is None else list(layers)
         for layer in wanted:
@@ -271,7 +274,7 @@ class BasisSet(Mapping[str, Basis]):
         return self.shares("kept", [layer]).get(layer)
 
     def unseen(self, layer: str) -> Tensor | None:
-        """`kept` on tokens that the basis has not seen (bases of two parts of the tokens, each scored on the other one).
+        """`kept` on tokens that the basis has not seen: the mean over bases of two parts, each on the other part.
 
         None where not all layers were cross-fitted.
         """
@@ -279,7 +282,7 @@ class BasisSet(Mapping[str, Basis]):
 
     def shares(self, role: str, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """`kept` or `unseen` of the layers (all by default) that have it, each chunk read once."""
-        records = {layer: self.layers[layer] for layer in self._checked(layers)}
+        records = {layer: self.layers[layer] for layer in self.checked(layers)}
         records = {layer: one for layer, one in records.items() if role in self.arrays(one.shape)}
         arrays = self.open_arrays({one.shape for one in records.values()}, [role])
         rows = [(arrays[one.shape, role], (slice(one.index, one.index + 1),)) for one in records.values()]

@@ -14,6 +14,7 @@ from ...store import Bases, BasisSet, open_store
 from ...store.condition import fault
 from ..model import loading
 from ..progress import say
+from .crossing import to_note
 from .request import Request
 
 
@@ -132,4 +133,17 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
     wanted: dict[str, Any] = {**asdict(request.method), "dtype": request.options.dtype, "model": asked}
     return [
         f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
-    ]
+    ] + _fewer_crossed(request, basis)
+
+
+def _fewer_crossed(request: Request, basis: BasisSet) -> list[str]:
+    """Whether layers that --sample asks for were not cross-fitted, among those that are done."""
+    layers, count = request.layers or {}, request.options.sample
+    if count is None:
+        return []
+    asked = to_note(layers, request.method, count)
+    there = {layer for layer, record in basis.layers.items() if record.crossed is not None}
+    known = asked != set(layers) or all("unseen" in basis.arrays(shape) for shape in basis.shapes)
+    if known and asked.intersection(basis.layers) <= there:
+        return []
+    return [f"sample: {len(there)} layers cross-fitted there, {len(asked)} asked for"]
