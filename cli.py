@@ -330,7 +330,7 @@ def ranks(store: str, quiet: bool, output: str | None, overwrite: bool, as_json:
     prep ranks --budget 2M -o ranks.json         LoraConfig(rank_pattern=json.load(open("ranks.json")), ...)
     prep ranks --budget 95% --layers self_attn   the fewest parameters found that keep 95 % of the outputs
     """
-    from .adapters.files import new_json
+    from .files import new_json
     from .store.ranks import choose, summary, table
 
     found = choose(store, **options)

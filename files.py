@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import PrepError
+from .errors import PrepError
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ LAYERS = 2000  # the ranks of more are not chosen here: `prep ranks` does that f
 
 @dataclass(frozen=True)
 class Budget:
-    """The parameters of an `equal` rank, what that keeps of the outputs (mean of the layers), and what ranks by layer of
-    as many parameters keep.
+    """The parameters of an `equal` rank, what that keeps of the outputs (mean of the layers), and what the `ranks` by
+    layer keep that cost no more. role: `unseen` tokens, or those of which bases `kept` that.
     """
 
     equal: int
@@ -21,6 +21,7 @@ class Budget:
     kept_equal: float
     kept: float
     ranks: dict[str, int]
+    role: str
 
 
 def budgets(basis: BasisSet, ranks: list[int]) -> list[Budget]:
@@ -28,16 +29,17 @@ def budgets(basis: BasisSet, ranks: list[int]) -> list[Budget]:
 
     None where the basis does not say what it keeps of the output of all its layers, or has very many.
     """
-    known = basis.shares("unseen") or basis.shares("kept")
-    if len(known) < len(basis) or len(basis) > LAYERS or basis.method["metric"] == "components":
+    role = next((role for role in ("unseen", "kept") if len(basis.shares(role)) == len(basis)), "")
+    if not role or len(basis) > LAYERS or basis.method["metric"] == "components":
         return []
+    known = basis.shares(role)
     kept = {layer: shares.numpy() for layer, shares in known.items()}
     directions = Directions(kept, {layer: sum(record.shape) for layer, record in basis.layers.items()})
-    return [_budget(directions, rank) for rank in ranks]
+    return [_budget(directions, rank, role) for rank in ranks]
 
 
-def _budget(directions: Directions, rank: int) -> Budget:
+def _budget(directions: Directions, rank: int, role: str) -> Budget:
     equal = directions.equal(rank)
     parameters = directions.parameters(equal)
     found = directions.within(parameters)
-    return Budget(rank, parameters, directions.share(equal), directions.share(found), found)
+    return Budget(rank, parameters, directions.share(equal), directions.share(found), found, role)

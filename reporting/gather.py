@@ -29,8 +29,8 @@ class BasisFacts:
 
     ranks: 1, 2, 4 ... and the largest stored one. kept: layer -> share of E||W x||^2 (r,) that its first 1 .. r
     directions keep (of the input variance for EVA), of the layers of which the store knows it. spectra: layer -> (place
-    from 1, S_i / S_1) at up to POINTS of its values, evenly spread on a logarithmic axis. excess: rank -> median relative
-    excess, of the layers whose records have it. budgets: those of the ranks, where they can be told.
+    from 1, S_i / S_1) at up to POINTS of its values, evenly spread on a logarithmic axis. excess: rank -> median
+    relative excess, of the layers whose records have it. budgets: those of the ranks, where they can be told.
     """
 
     basis: BasisSet

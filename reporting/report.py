@@ -37,7 +37,7 @@ def report(
         package = str(error.name).partition(".")[0]
         raise PrepError(f'a report needs {package}: pip install "prep-bases[report]"') from error
     opened = open_store(store.location if isinstance(store, Store) else store)  # as it is by now
-    content = page(opened, MARK).encode()
+    content = page(opened, MARK).encode(errors="replace")  # a name may hold half a character
     try:
         with disk_guard(target.parent, len(content)), written(target) as partial:
             partial.write_bytes(content)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from ..store.info import basis_rows, corpus_lines, skipped_lines
-from . import figures
+from ..store.info import basis_rows
+from . import curves, maps
 from .gather import Facts
-from .missing import no_bases, no_budget, no_excess, no_kept
+from .missing import Why, no_bases, no_budget, no_excess, no_kept
+from .origin import origin
 from .standing import SHOWN, findings
 
 _NUMBER = re.compile(r"([\d.,]+(e[+-]\d+)?( %)?)?")
@@ -48,197 +48,161 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """missing: why there is nothing to show; command: what would change that."""
+    """parts: what it shows, or why there is nothing and the command that would change that. lead: before the parts."""
 
     id: str
     title: str
+    parts: list[Part] | Why
     lead: str = ""
-    parts: list[Part] = field(default_factory=list)
-    missing: str = ""
-    command: str = ""
+
+    @property
+    def shown(self) -> list[Part]:
+        """The parts."""
+        return self.parts if isinstance(self.parts, list) else []
+
+    @property
+    def missing(self) -> Why | None:
+        """Why there are none."""
+        return None if isinstance(self.parts, list) else self.parts
 
 
 def sections(facts: Facts) -> list[Section]:
     """All sections in their order; the one on experts only where there are some."""
-    made = [_made(facts), _kept(facts), _spectra(facts), _excess(facts), _losses(facts), _budget(facts)]
-    made += [_experts(facts)] if any(site.expert for site in facts.sites or ()) else []
-    return [*made, _standing(facts)]
+    made = [
+        Section("made", "What was calibrated on what", _made(facts)),
+        Section("kept", "Kept output, layer by layer", _kept(facts)),
+        Section("spectra", "Spectra by kind of layer", _spectra(facts)),
+        Section("data", "What more data would gain", _data(facts)),
+        Section("bases", "Bases side by side", _bases(facts), _left_out(facts)),
+        Section("budget", "Ranks under a budget", _budget(facts), _by(facts)),
+    ]
+    if any(site.expert for site in facts.sites or ()):
+        made.append(Section("experts", "Tokens of the experts", _experts(facts)))
+    far = any(site.dead is None for site in facts.sites or ())
+    lead = "The channels of full moments were not read from afar: prep pull brings the store here." if far else ""
+    return [*made, Section("standing", "Layers that stand out", _standing(facts), lead)]
 
 
-def _made(facts: Facts) -> Section:
-    info = facts.info
-    parts = [Part(table=Table(_origin(facts)))]
-    whole = {name: basis for name, basis in info["bases"].items() if "problem" not in basis}
+def _made(facts: Facts) -> list[Part]:
+    parts = [Part(table=Table(origin(facts)))]
+    whole = {name: basis for name, basis in facts.info["bases"].items() if "problem" not in basis}
     if whole:
         head, *rows = basis_rows(whole)
         hashes = [basis["hash"][:12] for basis in whole.values()]
         table = Table([[*row, value] for row, value in zip(rows, hashes, strict=True)], [*head, "hash"])
-        parts.append(Part("Bases", _BASES, table))
-    damaged = [[name, basis["problem"]] for name, basis in info["bases"].items() if "problem" in basis]
+        note = (
+            "Energy is the share of sum S² that the stored directions hold, the median of the layers; excess is what a "
+            "basis loses more of the output than it needs to, for lack of data."
+        )
+        parts.append(Part("Bases", note, table))
+    damaged = [[name, basis["problem"]] for name, basis in facts.info["bases"].items() if "problem" in basis]
     if damaged:
         parts.append(Part("Damaged", "prep verify says more of them.", Table(damaged, ("basis", "it is"))))
-    return Section("made", "What was calibrated on what", parts=parts)
+    return parts
 
 
-_BASES = (
-    "energy is the share of sum S² that the stored directions hold, the median of the layers; excess is what a basis "
-    "loses more of the output than it needs to, for lack of data."
-)
-
-
-def _origin(facts: Facts) -> list[list[str]]:
-    """Names and values of what a store was made of."""
-    info, model, run = facts.info, facts.info["model"], facts.info["run"] or {}
-    corpus = info["corpus"] or (info["removed"] or {}).get("corpus") or {}
-    revision = f" at {model['revision']}" if model.get("revision") else ""
-    rows = [["model", f"{model['id'] or 'a module'}{revision}, {model.get('class', '?')} in {model.get('dtype', '?')}"]]
-    rows += [["weights", model["weights"]]] if model.get("weights") else []
-    rows += [["" if i else "corpus", line] for i, line in enumerate(corpus_lines(corpus) if corpus else ())]
-    rows += [[name, str(corpus[name])] for name in ("template",) if corpus.get(name)]
-    rows += [["corpus hash", corpus["hash"]]] if corpus.get("hash") else []
-    rows += [["moments", line] for line in _moments(info)]
-    if "started" in run:
-        rows.append(
-            ["calibrated", f"{run['started']}, in {run.get('seconds', 0):,.0f} s, by prep {info['prep_version']}"]
-        )
-    size = "" if info["bytes"] is None else f", {info['bytes'] / 1e6:,.0f} MB"
-    return [*rows, ["store", f"{info['store']} ({info['status']}{size}), id {info['id']}"]]
-
-
-def _moments(info: dict[str, Any]) -> list[str]:
-    moments = info["moments"]
-    if moments is None:
-        return ["removed, bases of them are left"] if info["removed"] else []
-    if "problem" in moments:
-        return [moments["problem"]]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
-    skipped = skipped_lines(moments["skipped"])
-    return [f"{moments['layers']} layers, {moments['sites']} inputs ({kinds})"] + [
-        f"skipped {line}" for line in skipped
-    ]
-
-
-def _kept(facts: Facts) -> Section:
-    section = Section("kept", "Kept output, layer by layer")
+def _kept(facts: Facts) -> list[Part] | Why:
     bases = [basis for basis in facts.bases.values() if basis.kept]
     if not bases:
-        return _without(section, *no_kept(facts))
-    part = Part(figure=figures.kept_output(bases, facts.places), caption=_KEPT)
-    return _with(section, part)
+        return no_kept(facts)
+    caption = (
+        "The share of E‖W x‖² that a basis keeps at the rank of the slider, on the tokens that it was made of. Dark "
+        "cells need a larger rank than the others; a rank at which all are bright is enough for most."
+    )
+    return [Part(figure=maps.kept_output(bases, facts.places), caption=caption)]
 
 
-_KEPT = (
-    "The share of E‖W x‖² that a basis keeps at the rank of the slider, on the tokens that it was made of. Dark cells "
-    "need a larger rank than the others; a rank at which all are bright is enough for most."
-)
-
-
-def _spectra(facts: Facts) -> Section:
-    section = Section("spectra", "Spectra by kind of layer")
+def _spectra(facts: Facts) -> list[Part] | Why:
     if not facts.bases:
-        return _without(section, *no_bases(facts))
-    part = Part(figure=figures.spectra(list(facts.bases.values()), facts.places), caption=_SPECTRA)
-    return _with(section, part)
+        return no_bases(facts)
+    caption = (
+        "Singular values of W M, the first one being 1: the line is the median over the blocks, the band their range. "
+        "Where a line falls steeply a small rank holds nearly all; where a band is wide the blocks differ, and so "
+        "should their ranks."
+    )
+    return [Part(figure=curves.spectra(list(facts.bases.values()), facts.places), caption=caption)]
 
 
-_SPECTRA = (
-    "Singular values of W M, the first one being 1: the line is the median over the blocks, the band their range. Where "
-    "a line falls steeply a small rank holds nearly all; a wide band says that blocks differ, and so should their ranks."
-)
-
-
-def _excess(facts: Facts) -> Section:
-    section = Section("data", "What more data would gain")
+def _data(facts: Facts) -> list[Part] | Why:
     bases = [basis for basis in facts.bases.values() if max(basis.excess.values(), default=0) > 0]
-    if not bases or not facts.tokens:
-        return _without(section, *no_excess(facts))
-    part = Part(figure=figures.excess(bases, facts.tokens), caption=_EXCESS)
-    return _with(section, part)
+    if not bases or facts.tokens < 1:
+        return no_excess(facts)
+    caption = (
+        "How much more of the output a basis loses than the best one would, as a share of that one's loss: now (full "
+        "circles) and as n^-0.8 predicts it for more tokens (open ones), the median of the layers whose records have "
+        "it. Above the dashed line, 1 %, more tokens are worth reading: the same prep covariance with more "
+        "--num-sequences goes on from what is there."
+    )
+    return [Part(figure=curves.excess(bases, facts.tokens), caption=caption)]
 
 
-_EXCESS = (
-    "How much more of the output a basis loses than the best one would, as a share of that one's loss: now (full "
-    "circles) and as n^-0.8 predicts it for more tokens (open ones), the median of the layers whose records have it. Above "
-    "the dashed line, 1 %, more tokens are worth reading: the same prep covariance with more --num-sequences goes on from "
-    "what is there."
-)
-
-
-def _losses(facts: Facts) -> Section:
-    section = Section("bases", "Bases side by side")
+def _bases(facts: Facts) -> list[Part] | Why:
     bases = [basis for basis in facts.bases.values() if basis.kept]
     if not bases:
-        return _without(section, *no_kept(facts))
+        return no_kept(facts)
+    caption = (
+        "The share of the output that is lost by rank, the mean over the layers of a kind. The lower line is the "
+        "better approximation on these tokens; it need not be the start that trains best. Losses below 0.01 % are "
+        "drawn as that."
+    )
+    return [Part(figure=curves.losses(bases, facts.places), caption=caption)]
+
+
+def _left_out(facts: Facts) -> str:
     left = [name for name, basis in facts.bases.items() if not basis.kept]
-    lead = f"Not shown, since the store does not tell what they keep: {', '.join(left)}." if left else ""
-    return _with(section, Part(figure=figures.losses(bases, facts.places), caption=_LOSSES), lead)
+    if not left or len(left) == len(facts.bases):
+        return ""
+    return f"Not shown, since the store does not tell what they keep: {', '.join(left)}."
 
 
-_LOSSES = (
-    "The share of the output that is lost by rank, the mean over the layers of a kind. The lower line is the better "
-    "approximation on these tokens; it need not be the start that trains best. Losses below 0.01 % are drawn as that."
-)
-
-
-def _budget(facts: Facts) -> Section:
-    section = Section("budget", "Ranks under a budget")
+def _budget(facts: Facts) -> list[Part] | Why:
     bases = [basis for basis in facts.bases.values() if basis.budgets]
     if not bases:
-        return _without(section, *no_budget(facts))
-    parts = [
-        Part(figure=figures.budget_curves(bases), caption=_CURVES),
-        Part(figure=figures.budget_ranks(bases, facts.places), caption=_RANKS),
+        return no_budget(facts)
+    lines = (
+        "What is lost of the outputs, the mean of the layers, where all layers have one rank (dotted), and where as "
+        "many parameters go to the layers in which they keep most (full lines). If the lines are far apart, take such "
+        "ranks: prep ranks --budget writes them for PEFT. It is a budget of output error, not of accuracy."
+    )
+    ranks = (
+        "The ranks that a budget gives: as many parameters as the rank of the slider costs if all layers have it. "
+        "Bright cells are worth more directions than the others."
+    )
+    return [
+        Part(figure=curves.budget_curves(bases), caption=lines),
+        Part(figure=maps.budget_ranks(bases, facts.places), caption=ranks),
     ]
-    return _with(section, parts)
 
 
-_CURVES = (
-    "What is lost of the outputs, the mean of the layers, if all layers have one rank (dotted), and if as many parameters "
-    "go where they keep most (full lines). Where the lines are far apart, prep ranks --budget writes such ranks as a "
-    "rank_pattern. It is a budget of output error, not of accuracy."
-)
-_RANKS = (
-    "The ranks that a budget gives, as many parameters as the rank of the slider has everywhere. Bright cells are worth "
-    "more directions than the others."
-)
+def _by(facts: Facts) -> str:
+    """Which tokens ranks are chosen by."""
+    seen = [basis.name for basis in facts.bases.values() if basis.budgets and basis.budgets[0].role == "kept"]
+    if not seen:
+        return ""
+    return (
+        f"Chosen by the tokens that the bases were made of ({', '.join(seen)}). Where these are few, prep decompose "
+        "--sample 0 lets ranks be chosen by tokens that a basis has not seen."
+    )
 
 
-def _experts(facts: Facts) -> Section:
-    section = Section("experts", "Tokens of the experts")
+def _experts(facts: Facts) -> list[Part]:
     sites = [site for site in facts.sites or () if site.expert]
     few = sum(site.count < site.width for site in sites)
-    lead = f"{few:,} of {len(sites):,} inputs of experts saw fewer tokens than they are wide." if few else ""
-    part = Part(figure=figures.experts(sites, facts.idle), caption=_EXPERTS)
-    return _with(section, part, lead)
+    note = f"{few:,} of {len(sites):,} inputs of experts saw fewer tokens than they are wide." if few else ""
+    caption = (
+        "How many tokens were routed to each expert; empty cells saw none and have no moments. An expert needs several "
+        "times as many tokens as its input is wide: where the dark ones matter, read more sequences."
+    )
+    return [Part(note=note, figure=maps.experts(sites, facts.idle), caption=caption)]
 
 
-_EXPERTS = (
-    "How many tokens were routed to each expert; empty cells saw none and have no moments. An expert needs several times "
-    "as many tokens as its input is wide: where the dark ones matter, read more sequences."
-)
-
-
-def _standing(facts: Facts) -> Section:
-    section = Section("standing", "Layers that stand out")
+def _standing(facts: Facts) -> list[Part] | Why:
     if facts.sites is None and not facts.bases:
-        return _without(section, *no_bases(facts))
+        return no_bases(facts)
     found = findings(facts.sites or (), [basis.basis for basis in facts.bases.values()])
-    far = any(site.dead is None for site in facts.sites or ())
-    lead = "The channels of full moments were not read from afar: prep pull brings the store here." if far else ""
-    parts = [
+    if not found:
+        return "No layer stands out by its inputs or by what its bases resolve.", ""
+    return [
         Part(f"{one.title}: {one.count:,}", one.advice, Table(one.rows, one.head, max(one.count - SHOWN, 0)))
         for one in found
     ]
-    if not parts:
-        return _without(
-            section, "No layer stands out by its inputs or by what its bases resolve." + (f" {lead}" if far else "")
-        )
-    return _with(section, parts, lead)
-
-
-def _with(section: Section, parts: Part | list[Part], lead: str = "") -> Section:
-    return Section(section.id, section.title, lead, parts if isinstance(parts, list) else [parts])
-
-
-def _without(section: Section, why: str, command: str = "") -> Section:
-    return Section(section.id, section.title, missing=why, command=command)

@@ -123,7 +123,10 @@ def browser(profile: Path) -> Iterator[Browser]:
     os.close(their_read)
     os.close(their_write)
     try:
-        yield Browser(read, write)
+        tab = Browser(read, write)
+        yield tab
+        tab.call("Browser.close")
+        child.wait(LIMIT)
     finally:
         child.kill()
         child.wait()

@@ -37,7 +37,7 @@ def lacking(tmp_path_factory):
         prep.covariance(given.model, given.data, store=path / name, **RUN, **options)
     for name, method in (("diagonal", "asvd"), ("whole", "whitened"), ("svd", "pissa")):
         prep.decompose(path / name, for_=method, rank=4, quiet=True)
-    tiny.store(path / "bases", tiny.llama(), rank=4)
+    prep.decompose(path / "bases", for_="pissa", model=given.model, rank=4, quiet=True)
     root = open_store(shutil.copytree(path / "moments", path / "incomplete"), "r+").root
     put_attributes(root, {**root.attrs, "status": "incomplete"})
     prep.remove(shutil.copytree(path / "whole", path / "nothing"), ["full"], moments=True)
@@ -129,7 +129,7 @@ def test_names_of_strangers_are_text(strange):
     """In tables and headings by jinja, in menus, axes and titles as plotly reads them."""
     page = Page(strange)
     figures = page.text.count("Plotly.newPlot(")
-    assert figures == 5 and page.tags["script"] == figures + 2  # and plotly's own, and the page's
+    assert figures == 6 and page.tags["script"] == figures + 2  # and plotly's own, and the page's
     assert "b" not in page.tags and page.text.count("alert(1)") > 10
     said = dict(page.tables["made"][0])
     assert said["model"] == f"{TAG} at {TAG}, %{{x}} in float32" and said["template"] == "{{ title }}"

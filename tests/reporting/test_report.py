@@ -88,7 +88,7 @@ def test_the_excess_falls_as_tokens_to_the_minus_08(made):
             shares = [one["excess"][i] / one["least"][i] for one in records if one["least"][i] > 1e-9]
             trace = next(traces)
             assert trace["name"] == f"rank {rank}" and trace["x"] == [128, 256, 512, 1024]
-            wanted = [100 * np.median(shares) * more**-EXPONENT for more in (1, 2, 4, 8)]
+            wanted = [np.median(shares) * more**-EXPONENT for more in (1, 2, 4, 8)]
             np.testing.assert_allclose(trace["y"], wanted, rtol=1e-3)
     assert next(traces, None) is None
 
@@ -105,6 +105,36 @@ def test_bases_side_by_side_are_means_over_layers(made, kept):
             wanted = np.maximum(lost[np.array(trace["x"]) - 1], 1e-4)
             np.testing.assert_allclose(trace["y"], wanted, rtol=1e-3, atol=1e-6)
     assert next(traces, None) is None
+
+
+def test_budgets_are_those_of_equal_ranks_and_give_more(made, kept):
+    """What the ranks of the map keep, of unseen tokens if that is known, is what the line says; they cost no more."""
+    lines, ranks = made.page.figure("budget").data, made.page.figure("budget-2")
+    modules, bases = tiny.layers(made.net), open_store(made.store).bases
+    places = [(kind, block) for kind in KINDS for block in (0, 1)]
+    cost = {place: sum(tiny.weight(modules[layer(*place)]).shape) for place in places}
+    steps = ranks.layout["sliders"][0]["steps"]
+    assert [step["label"] for step in steps] == ["1", "2", "4", "8", "16"]
+    for i, name in enumerate(BASES[:3]):
+        ours, equal = lines[2 * i : 2 * i + 2]
+        sums = {place: kept[name, layer(*place)] for place in places}
+        if name != "identity":
+            sums = {place: np.cumsum(bases[name].unseen(layer(*place)).numpy()) for place in places}
+        assert (ours["name"], equal["name"]) == (f"{name}, ranks by layer", f"{name}, equal ranks")
+        for number, step in enumerate(steps):
+            chosen = {
+                (kind, block): int(step["args"][0]["text"][i][row][block].removeprefix("rank "))
+                for row, kind in enumerate(KINDS)
+                for block in (0, 1)
+            }
+            budget = sum(int(step["label"]) * price for price in cost.values())
+            spent = sum(rank * cost[place] for place, rank in chosen.items())
+            assert spent <= budget == ours["x"][number] == equal["x"][number]
+            lost = 1 - np.mean([sums[place][rank - 1] for place, rank in chosen.items()])
+            same = 1 - np.mean([sums[place][int(step["label"]) - 1] for place in places])
+            np.testing.assert_allclose(ours["y"][number], max(lost, 1e-4), rtol=1e-3)
+            np.testing.assert_allclose(equal["y"][number], max(same, 1e-4), rtol=1e-3)
+            assert lost <= same + 1e-12
 
 
 def test_the_tables_say_what_was_made_of_what(made):
@@ -158,7 +188,7 @@ def test_experts_are_shown_with_the_tokens_routed_to_them(tmp_path):
 
 
 def test_dense_models_have_no_section_on_experts(made):
-    assert list(made.page.sections) == ["", "made", "kept", "spectra", "data", "bases", "standing"]
+    assert list(made.page.sections) == ["", "made", "kept", "spectra", "data", "bases", "budget", "standing"]
 
 
 def test_inputs_that_stand_out_are_named_with_why(tmp_path):
