@@ -154,19 +154,22 @@ def budget_curves(bases: Sequence[BasisFacts]) -> go.Figure:
     """Lost output against parameters: ranks by layer (full lines) and equal ranks (dotted)."""
     figure = go.Figure()
     for number, basis in enumerate(bases):
-        for words, dash in (("ranks by layer", "solid"), ("equal ranks", "dot")):
-            lost = [1 - (one.kept if dash == "solid" else one.kept_equal) for one in basis.budgets]
+        for words, dash, kept in (
+            ("", "solid", [one.kept for one in basis.budgets]),
+            (", equal ranks", "dot", [one.kept_equal for one in basis.budgets]),
+        ):
             figure.add_scatter(
                 x=[one.parameters for one in basis.budgets],
-                y=rounded([max(share, FLOOR) for share in lost]),
+                y=rounded([max(1 - share, FLOOR) for share in kept]),
                 text=[f"{one.parameters:,} parameters, those of rank {one.equal}" for one in basis.budgets],
-                name=text(f"{basis.name}, {words}"),
+                name=text(basis.name + words),
                 mode="lines+markers",
                 marker={"size": 5},
                 line=line(number) | {"dash": dash},
+                showlegend=not words,
                 hovertemplate="%{text}<br>%{y:.2%} lost<extra>%{fullData.name}</extra>",
             )
     figure.update_layout(template=TEMPLATE, height=340, showlegend=True, margin={"t": 60})
-    figure.update_xaxes(type="log", title_text="parameters of LoRA, sum of r (d_in + d_out)", dtick=1)
+    figure.update_xaxes(type="log", title_text="parameters: sum of r (d<sub>in</sub> + d<sub>out</sub>)", dtick=1)
     _shares(figure, title_text="lost output")
     return figure

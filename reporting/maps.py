@@ -8,12 +8,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from ..store.excess import SHOWN
 from .gather import BasisFacts, at
 from .inputs import SiteFacts
 from .layers import Cell, Places, numbers
-from .style import SCALE, TEMPLATE, choice, marks, rounded, slider, text
+from .style import NONE, SCALE, TEMPLATE, choice, marks, rounded, slider, text
 
-BEGIN = 32  # the rank that a slider shows first
 BRIGHTEST = 1e-3  # of the output: where less is lost, colours do not tell it
 _TICKS = (0.0, 0.5, 0.9, 0.99, 0.999)  # kept output, on the scale of what is lost
 
@@ -25,7 +25,7 @@ def kept_output(bases: Sequence[BasisFacts], places: Places) -> go.Figure:
     changes = [
         {"z": [_colours(one) for one in cells[rank]], "text": [_texts(one) for one in cells[rank]]} for rank in ranks
     ]
-    first = max((i for i, rank in enumerate(ranks) if rank <= BEGIN), default=0)
+    first = max((i for i, rank in enumerate(ranks) if rank <= SHOWN), default=0)
     ticks = {_colour(share): f"{100 * share:g} %" for share in _TICKS}
     scale = {"zmin": 0, "zmax": _colour(1), "colorbar": _bar("kept", ticks)}
     figure = blocks_figure(places, changes[first], scale, len(bases))
@@ -46,7 +46,7 @@ def budget_ranks(bases: Sequence[BasisFacts], places: Places) -> go.Figure:
     changes = [{"z": [_logarithms(one) for one in row], "text": [_rank_texts(one) for one in row]} for row in cells]
     most = max(max(one.ranks.values()) for basis in bases for one in basis.budgets)
     ticks = {float(i): str(2**i) for i in range(most.bit_length())}
-    first = max((i for i, rank in enumerate(equal) if rank <= BEGIN), default=0)
+    first = max((i for i, rank in enumerate(equal) if rank <= SHOWN), default=0)
     scale = {"zmin": 0, "zmax": math.log2(most), "colorbar": _bar("rank", ticks)}
     figure = blocks_figure(places, changes[first], scale, len(bases))
     figure.update_layout(
@@ -103,14 +103,14 @@ def blocks_figure(places: Places, shown: Mapping[str, Any], scale: Mapping[str, 
         )
     figure.update_layout(template=TEMPLATE, height=24 * len(places.kinds) + 210, margin={"t": 50})
     figure.update_xaxes(title_text="block", type="category", showgrid=False)
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, ticks="outside", tickcolor=NONE)
     return figure
 
 
 def _bar(title: str, ticks: Mapping[float, str]) -> dict[str, Any]:
     """The scale beside a heat map. ticks: value -> what it says."""
     names = {"tickvals": list(ticks), "ticktext": list(ticks.values())}
-    return {"title": {"text": title, "side": "top"}, "outlinewidth": 0, "thickness": 12, **names}
+    return {"title": {"text": f"{title}<br>&nbsp;", "side": "top"}, "outlinewidth": 0, "thickness": 12, **names}
 
 
 def _colour(kept: float) -> float:

@@ -16,7 +16,8 @@ from plotly.subplots import make_subplots
 # Paul Tol's `bright` scheme: personal.sron.nl/~pault
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#999999")
 DASHES = ("solid", "dash", "dot", "dashdot")
-SCALE = "Cividis"
+SCALE = "Viridis"
+NONE = "rgba(0,0,0,0)"
 COLUMNS = 4  # of panels
 PANEL = 170  # pixels of a row of panels
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
@@ -27,12 +28,12 @@ TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": FONT, "size": 12, "color": "#444444"},
         "colorway": COLOURS,
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
+        "paper_bgcolor": NONE,
+        "plot_bgcolor": NONE,
         "margin": {"l": 10, "r": 10, "t": 40, "b": 40},
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#999999", "activecolor": COLOURS[0]},
+        "modebar": {"bgcolor": NONE, "color": "#999999", "activecolor": COLOURS[0]},
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#222222", "bordercolor": "#222222", "font": {"color": "#ffffff"}, "align": "left"},
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
@@ -58,7 +59,7 @@ def rounded(values: Sequence[float | None]) -> list[float | None]:
 def marks(low: float, high: float) -> list[float]:
     """Values from `low` to `high` for a logarithmic axis: of every decade one, or 1, 2 and 5 where there are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if high < 100 * low else (1,)
+    digits = (1, 2, 5) if high < 1000 * low else (1,)
     found = [digit * 10.0**power for power in powers for digit in digits]
     return [mark for mark in found if low <= mark <= high]
 

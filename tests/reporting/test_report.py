@@ -120,7 +120,7 @@ def test_budgets_are_those_of_equal_ranks_and_give_more(made, kept):
         sums = {place: kept[name, layer(*place)] for place in places}
         if name != "identity":
             sums = {place: np.cumsum(bases[name].unseen(layer(*place)).numpy()) for place in places}
-        assert (ours["name"], equal["name"]) == (f"{name}, ranks by layer", f"{name}, equal ranks")
+        assert (ours["name"], equal["name"]) == (name, f"{name}, equal ranks")
         for number, step in enumerate(steps):
             chosen = {
                 (kind, block): int(step["args"][0]["text"][i][row][block].removeprefix("rank "))
