@@ -27,12 +27,15 @@ class Budget:
 def budgets(basis: BasisSet, ranks: list[int]) -> list[Budget]:
     """A budget for each of `ranks`, by what directions keep of tokens that the basis has not seen, if that is known.
 
-    None where the basis does not say what it keeps of the output of all its layers, or has very many.
+    Empty where the basis does not say what it keeps of the output of all its layers, or has very many.
     """
-    role = next((role for role in ("unseen", "kept") if len(basis.shares(role)) == len(basis)), "")
-    if not role or len(basis) > LAYERS or basis.method["metric"] == "components":
+    if len(basis) > LAYERS or basis.method["metric"] == "components":
         return []
-    known = basis.shares(role)
+    role, known = "unseen", basis.shares("unseen")
+    if len(known) < len(basis):
+        role, known = "kept", basis.shares("kept")
+    if len(known) < len(basis):
+        return []
     kept = {layer: shares.numpy() for layer, shares in known.items()}
     directions = Directions(kept, {layer: sum(record.shape) for layer, record in basis.layers.items()})
     return [_budget(directions, rank, role) for rank in ranks]

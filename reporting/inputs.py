@@ -22,6 +22,7 @@ class SiteFacts:
 
     dead, loud: channels with hardly any mean square, and with LOUD times the median. peak: the largest E[x_i^2] over
     the median. mean: share of E||x||^2 that is ||E[x]||^2. They are None where the store is too far away to read them.
+    matrix: whether the moments tell what a basis keeps of the output; half: whether there are those of the first half.
     """
 
     layers: list[str]
@@ -37,17 +38,12 @@ class SiteFacts:
     @property
     def expert(self) -> bool:
         """Whether it is the input of one expert."""
-        return is_expert(self.layers[0])
+        return _EXPERT.search(self.layers[0]) is not None
 
 
 def site_facts(location: str, moments: Moments) -> list[SiteFacts]:
     """Every site; of full moments at URLs the channels are not read: that would fetch an eighth of the moments."""
     return [_facts(moments[layers[0]], layers, is_url(location)) for layers in moments.sites.values()]
-
-
-def is_expert(layer: str) -> bool:
-    """Whether a layer is one expert's, by its name."""
-    return _EXPERT.search(layer) is not None
 
 
 def _facts(moment: LayerMoment, layers: Iterable[str], far: bool) -> SiteFacts:

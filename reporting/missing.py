@@ -14,7 +14,9 @@ def no_kept(facts: Facts) -> Why:
     if not facts.bases:
         return no_bases(facts)
     if facts.sites is None:
-        return "What a basis keeps of the output is told by moments, and the store has none.", _covariance(facts)
+        return "What a basis keeps of the output is told by moments, and the store has none to read.", _covariance(
+            facts
+        )
     if not any(site.matrix for site in facts.sites):
         why = "Diagonal moments do not tell what a basis keeps of the output: full ones do, or those of outputs."
         return why, _covariance(facts, " --moment full --overwrite")
@@ -24,13 +26,12 @@ def no_kept(facts: Facts) -> Why:
 def no_budget(facts: Facts) -> Why:
     """Why no ranks are chosen."""
     layers = [len(basis.basis) for basis in facts.bases.values() if basis.kept]
+    option = store_option(facts.store.location)
     if not layers:
         return no_kept(facts)
     if min(layers) > LAYERS:
-        why = f"Ranks of more than {LAYERS:,} layers are not chosen here."
-    else:
-        why = "Ranks are chosen by what the directions keep of the output, and the bases here keep input."
-    return why, f"prep ranks --budget 95%{store_option(facts.store.location)}"
+        return f"Ranks of more than {LAYERS:,} layers are not chosen here.", f"prep ranks --budget 95%{option}"
+    return "No basis says what it keeps of the output of all its layers.", f"prep decompose{option}"
 
 
 def no_bases(facts: Facts) -> Why:
@@ -47,13 +48,17 @@ def no_excess(facts: Facts) -> Why:
     if not facts.bases:
         return no_bases(facts)
     if facts.sites is None:
-        return "The store has no moments, by which bases of more and of fewer tokens are compared.", _covariance(facts)
+        return (
+            "The store has no moments to read, by which bases of more and of fewer tokens are compared.",
+            _covariance(facts),
+        )
     if not any(site.half for site in facts.sites):
         why = "The calibration kept no halves of its tokens, which tell how far a basis is from the best one."
         return why, _covariance(facts, " --overwrite")
     methods = [basis.basis.method for basis in facts.bases.values()]
-    if all(method["metric"] == "identity" and method.get("select") != "activation" for method in methods):
-        why = "The bases do not depend on the tokens, so more of them would gain nothing."
+    plain = all(method["metric"] == "identity" and method.get("select") != "activation" for method in methods)
+    if plain or any(basis.excess for basis in facts.bases.values()):
+        why = "More tokens would gain nothing: the bases do not depend on them, or lose nothing that they need not."
         return why, f"prep decompose{store_option(facts.store.location)}"
     return "The bases were not compared between the halves of the tokens.", _again(facts)
 

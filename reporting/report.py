@@ -62,7 +62,10 @@ def _check(target: Path, overwrite: bool) -> None:
 
 def _is_report(path: Path) -> bool:
     """Whether `report` wrote a file."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+            return False
+        with open(path, "rb") as file:
+            return f'name="generator" content="{MARK}'.encode() in file.read(_HEAD)
+    except OSError:
         return False
-    with open(path, "rb") as file:
-        return f'name="generator" content="{MARK}'.encode() in file.read(_HEAD)
