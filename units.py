@@ -86,7 +86,7 @@ def parse_budget(budget: int | str) -> int | float:
     if match and match[2] == "%" and 0 < value <= 100:
         return value / 100
     number = value * {"k": 1e3, "m": 1e6, "b": 1e9}.get(match[2] if match else "", 1)
-    bare = isinstance(budget, str) and number < 1000
+    bare = isinstance(budget, str) and number < 1000 and text.replace(".", "").isdigit()
     if match is None or match[2] == "%" or isinstance(budget, (bool, float)) or bare or not 1 <= number < math.inf:
         raise PrepError(f"{budget!r} is not a budget: write parameters like 2M, or the share to keep like 95%")
     return round(number)

@@ -81,7 +81,7 @@ def _ranks_of(bases: BasisSet, ranks: Mapping[str, int], names: list[str]) -> di
         rank, held = ranks[layer], bases.layers[layer].rank
         if not 1 <= rank <= held:
             raise PrepError(
-                f"rank {rank} asked for, basis {bases.name!r} holds 1 to {held} of {layer}: choose among them"
+                f"rank {rank} of {layer} asked for, basis {bases.name!r} holds 1 to {held}: take one of these"
             )
     chosen = {name: ranks[name] for name in names if name in ranks}
     if not chosen:

@@ -18,6 +18,8 @@ from .basis import BasisSet
 from .budget import Directions
 from .info import aligned, pattern
 
+_ROUNDING = 1e-9  # of a share: all directions of a layer keep the whole output up to it
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -75,7 +77,7 @@ def choice(store: Store, bases: BasisSet, budget: int | str, layers: Sequence[st
     of = Directions(kept, {layer: sum(bases.layers[layer].shape) for layer in layers})
     if isinstance(asked, float):
         reached = of.share(of.most)
-        if reached < asked:
+        if reached < asked - _ROUNDING:
             raise PrepError(f"all of basis {bases.name!r} keeps {reached:.2%}, not {budget}: {_more(bases, of)}")
         found = of.keeping(asked)
         return Choice(bases.name, of, role, found, of.equal_within(of.parameters(found)))

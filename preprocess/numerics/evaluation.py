@@ -120,12 +120,13 @@ def _from_gram(W: np.ndarray, basis: WhitenedSVD, moment: InputStatistics, metho
     """`own_energy` of metric full at power 1/2 without a product with C, since there `S_i^2 = u_i^T W C_d W^T u_i`.
 
     With d what damping adds to the diagonal of C, `t_i = S_i^2 (1 - d |P_i|^2)`, and `S_i^2 (P_i E[x])^2` more where
-    the mean was taken out. None where damping is most of the energy: the difference would be rounding.
+    the mean was taken out. None where most energy is by damping, and a difference would be rounding, or where there is
+    none: S is 1 then.
     """
     damped = float(np.sum(basis.S**2) + basis.tail**2)
     d = added_diagonal(moment, method)
     by_damping = d * float(np.sum(W**2))
-    if by_damping > damped / 2:
+    if by_damping > damped / 2 or not basis.spectrum[0] > 0:
         return None
     total, kept = damped - by_damping, basis.S**2 * (1 - d * np.sum(basis.P**2, axis=1))
     if method.center:
