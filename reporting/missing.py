@@ -14,9 +14,8 @@ def no_kept(facts: Facts) -> Why:
     if not facts.bases:
         return no_bases(facts)
     if facts.sites is None:
-        return "What a basis keeps of the output is told by moments, and the store has none to read.", _covariance(
-            facts
-        )
+        why = "What a basis keeps of the output is told by moments, and the store has none to read."
+        return why, _covariance(facts)
     if not any(site.matrix for site in facts.sites):
         why = "Diagonal moments do not tell what a basis keeps of the output: full ones do, or those of outputs."
         return why, _covariance(facts, " --moment full --overwrite")

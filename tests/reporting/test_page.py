@@ -28,14 +28,10 @@ def lacking(tmp_path_factory):
     """Stores that lack something, and what their sections say."""
     path = tmp_path_factory.mktemp("lacking")
     given = tiny.sources(path)
-    for name, options in (
-        ("moments", {}),
-        ("diagonal", {"moment": "diagonal"}),
-        ("whole", {"halves": False}),
-        ("svd", {}),
-    ):
+    kinds = {"moments": {}, "diagonal": {"moment": "diagonal"}, "whole": {"halves": False}, "svd": {}, "eva": {}}
+    for name, options in kinds.items():
         prep.covariance(given.model, given.data, store=path / name, **RUN, **options)
-    for name, method in (("diagonal", "asvd"), ("whole", "whitened"), ("svd", "pissa")):
+    for name, method in (("diagonal", "asvd"), ("whole", "whitened"), ("svd", "pissa"), ("eva", "eva")):
         prep.decompose(path / name, for_=method, rank=4, quiet=True)
     prep.decompose(path / "bases", for_="pissa", model=given.model, rank=4, quiet=True)
     root = open_store(shutil.copytree(path / "moments", path / "incomplete"), "r+").root
@@ -53,8 +49,11 @@ LACKS = {
     ),
     "moments": {"kept": DECOMPOSE, "spectra": DECOMPOSE, "data": DECOMPOSE, "bases": DECOMPOSE},
     "bases": {
-        "kept": ("What a basis keeps of the output is told by moments, and the store has none.", COVARIANCE),
-        "data": ("The store has no moments, by which bases of more and of fewer tokens are compared.", COVARIANCE),
+        "kept": ("What a basis keeps of the output is told by moments, and the store has none to read.", COVARIANCE),
+        "data": (
+            "The store has no moments to read, by which bases of more and of fewer tokens are compared.",
+            COVARIANCE,
+        ),
     },
     "diagonal": {
         "kept": (
@@ -68,7 +67,13 @@ LACKS = {
             f"{COVARIANCE} --overwrite",
         )
     },
-    "svd": {"data": ("The bases do not depend on the tokens, so more of them would gain nothing.", "prep decompose")},
+    "svd": {
+        "data": (
+            "More tokens would gain nothing: the bases do not depend on them, or lose nothing that they need not.",
+            "prep decompose",
+        )
+    },
+    "eva": {"budget": ("No basis says what it keeps of the output of all its layers.", "prep decompose")},
     "incomplete": {
         "kept": ("The store is not complete: run the same command again.", COVARIANCE),
         "standing": ("The store is not complete: run the same command again.", COVARIANCE),
