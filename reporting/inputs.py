@@ -42,7 +42,7 @@ class SiteFacts:
 
 
 def site_facts(location: str, moments: Moments) -> list[SiteFacts]:
-    """Every site; of full moments at URLs the channels are not read: that would fetch an eighth of the moments."""
+    """Every site; of full moments at URLs the channels are not read: that would fetch a large part of them."""
     return [_facts(moments[layers[0]], layers, is_url(location)) for layers in moments.sites.values()]
 
 
