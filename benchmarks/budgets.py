@@ -55,8 +55,8 @@ def main() -> None:
     of = choose(store, "1%").directions
     weights = reactions(replaced, of, known, middle(of, replaced.parameters, options.shares))
     for kind, weight in weights.items():
-        print(f"weight of {kind}: {weight:.2f}")
-    print(f"the model as it is: loss {replaced.loss({}, test):.3f}\n")
+        print(f"weight of {kind}: {weight:.2f}", flush=True)
+    print(f"the model as it is: loss {replaced.loss({}, test):.3f}\n", flush=True)
     print("| budget | ranks | loss | lost of the outputs |\n|---|---|---|---|")
     for share in options.shares:
         budget = round(share * replaced.parameters)
