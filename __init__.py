@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .preprocess.decompose import decompose as decompose
     from .preprocess.evaluate import evaluate as evaluate
     from .preprocess.verify import verify as verify
+    from .reporting.report import report as report
     from .store import open_store as open_store
     from .store.info import info as info
     from .store.pool import pool as pool
@@ -55,6 +56,7 @@ _EXPORTS = {
     "peft": ".adapters.peft",
     "export": ".adapters.peft.export",
     "info": ".store.info",
+    "report": ".reporting.report",
     "verify": ".preprocess.verify",
     "pool": ".store.pool",
     "ranks": ".store.ranks",

@@ -341,7 +341,7 @@ def ranks(store: str, quiet: bool, output: str | None, overwrite: bool, as_json:
     prep ranks --budget 2M -o ranks.json         LoraConfig(rank_pattern=json.load(open("ranks.json")), ...)
     prep ranks --budget 95% --layers self_attn   the fewest parameters found that keep 95 % of the outputs
     """
-    from .adapters.files import new_json
+    from .files import new_json
     from .store.ranks import choose, summary, table
 
     found = choose(store, **options)
@@ -376,6 +376,23 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
     else:
         _say(quiet, f"next: prep decompose{store_option(store)}")
+
+
+@main.command(short_help="What a store holds, as a page with figures.")
+@_shared
+@click.option(
+    "--output", "-o", "path", default="report.html", help="The HTML file; a report that is there is replaced."
+)
+@click.option("--overwrite", is_flag=True, help="Replace any other file that is there, too.")
+def report(store: str, quiet: bool, path: str, overwrite: bool) -> None:
+    """Write one HTML file with figures of what a store holds, to open in a browser, offline (extra prep-bases[report]).
+
+    Kept output by layer and rank, spectra, what more data would gain, bases side by side, layers that stand out. It is
+    made of the store alone: no model is loaded and nothing is decomposed.
+    """
+    from .reporting.report import report as run
+
+    _say(quiet, f"written to {run(store, path, overwrite=overwrite)}")
 
 
 @main.command(short_help="A basis or moments as files that PEFT reads.")

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import PrepError
+from ..files import written
 from ..store import Store, open_store
 from ..store.format.schema import DTYPES, content_hash
 from ..store.format.untrusted import Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core
-from .files import written
 
 FORMAT_VERSION = 1
 BIG = 10_000_000  # bytes of a stored basis from which on it is said that it can be left out

@@ -301,6 +301,17 @@ class BasisSet(Mapping[str, Basis]):
         self._opened |= {place: opened[wanted[place]] for place in new}
         return self._opened
 
+    def spectra(self) -> Iterator[tuple[str, Tensor]]:
+        """Every layer with its spectrum (k,), each chunk read once."""
+        for shape, group in self._groups.items():
+            array = self.open_arrays([shape], ["spectrum"])[shape, "spectrum"]
+            for first in range(0, len(group["layers"]), schema.ROWS):
+                names = group["layers"][first : first + schema.ROWS]
+                rows = schema.read(array, (slice(first, first + len(names)),))
+                for layer, spectrum in zip(names, rows, strict=True):
+                    self._check_row(layer, "spectrum", spectrum)
+                    yield layer, spectrum
+
     def _read_spectrum(self, layer: str) -> Tensor:
         record = self.layers[layer]
         array = self.open_arrays([record.shape], ["spectrum"])[record.shape, "spectrum"]

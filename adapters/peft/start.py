@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PrepError, did_you_mean
+from ...files import readable
 from ...linear import is_plain, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ...store.ranks import as_pattern, choice
 from ..attach import find_layers, refuse_adapted
 from ..drift import by_hash, check_verify, check_weight
-from ..files import readable
 from . import eva
 from .lora import check_stored, describe, factors
 

@@ -43,7 +43,7 @@ ROOT = {
     "moments?": str,
     "removed?": {"corpus": _CORPUS, "options": (NULL, dict), "id": Word},
     "checkpoint?": (NULL, dict),
-    "run?": (NULL, dict),
+    "run?": (NULL, {"started?": str, "seconds?": float}),
 }
 MOMENTS = {"sites": {str: list}, "skipped?": {str: str}, "hashes?": {str: str}}
 SITE = {

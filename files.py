@@ -1,4 +1,4 @@
-"""Files that other libraries write for this package: whole or not there, with the permissions of any other file.
+"""Files for others to read: whole or not there, with the permissions of any other file.
 
 safetensors makes its files readable by their owner alone, whatever the umask.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import PrepError
+from .errors import PrepError
 
 
 @contextlib.contextmanager
