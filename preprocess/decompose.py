@@ -35,6 +35,7 @@ def decompose(
     pooling: str | None = None,
     solver: str = "auto",
     dtype: str | torch.dtype = "float32",
+    sample: int | None = None,
     model: str | Path | nn.Module | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -56,6 +57,9 @@ def decompose(
     pooling: of activations: rms, S_i sqrt(E[(P_i x)^2]), or mean_abs, S_i E|P_i x| over the tokens that were kept.
     solver: exact, the float64 Gram route; svd, a float64 SVD of W M; randomized, within 1e-3 of the optimum; or auto.
     dtype: of stored U and P, by name or as a torch.dtype.
+    sample: layers of each kind to cross-fit between the halves of the tokens, by default 2, 0 for all: what a basis
+    loses of unseen tokens and what more data would gain is then noted of them (`evaluate`, `info`), and of all layers
+    what each direction keeps there (`ranks`).
     model: a path, hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With
     metric identity and `model`, no store need exist. revision: of `model` on the hub. trust_remote_code: run code from
     its repository.

@@ -171,6 +171,7 @@ class DecomposeOptions:
     pooling: str | None = None
     solver: str = "auto"
     dtype: str = "float32"  # likewise
+    sample: int | None = None
     model: str | nn.Module | None = None
     revision: str | None = None
     overwrite: bool = False
@@ -192,11 +193,19 @@ class DecomposeOptions:
         object.__setattr__(self, "methods", tuple(dict.fromkeys(names)) or (None,))
         if self.name is not None and len(self.methods) > 1:
             raise PrepError(f"--name {self.name} cannot name the bases of {len(self.methods)} methods: leave it out")
+        if self.sample is not None:
+            check_sample(self.sample)
 
     @property
     def several(self) -> bool:
         """Whether bases were asked for as a list, or joined by commas."""
         return self.for_ is not None and (not isinstance(self.for_, str) or "," in self.for_)
+
+
+def check_sample(count: int) -> None:
+    """PrepError for a negative number of layers of each kind."""
+    if count < 0:
+        raise PrepError(f"--sample {count} is not a number of layers: give 0 for all, or more")
 
 
 def _as_given(value: Any) -> Any:

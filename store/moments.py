@@ -27,6 +27,8 @@ from .format.untrusted import MOMENTS, SITE
 from .site import HALF, check_hashes, checked_half, checked_sample, combined, read_parts, site_arrays
 from .site import SiteData as SiteData
 
+IDLE = "no token of the data was routed to it"  # why an expert is skipped
+
 
 class LayerMoment:
     """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`, and
@@ -108,6 +110,18 @@ class LayerMoment:
     def tokens(self) -> Tensor | None:
         """The inputs (n, d_in), float32, of a uniform random sample of the tokens; None where none was kept."""
         return self._whole("tokens") if self.sampled else None
+
+    def squares(self) -> Tensor:
+        """`diagonal` (d_in,), of a full moment from the chunks on the diagonal of C alone: a fraction of its bytes.
+
+        These are checked by their checksums, not by the hash of all of C.
+        """
+        if self.kind != "full":
+            return self.diagonal
+        name = self._prefix + "second_moment"
+        array = schema.open_array(self._group, name, self.arrays[name])
+        blocks = [(slice(a, b), slice(a, b)) for a, b in schema.panels(self.shape[1])]
+        return torch.cat([block.diagonal() for block in schema.read_each([(array, block) for block in blocks])])
 
     def _whole(self, name: str) -> Tensor:
         name = self._prefix + name

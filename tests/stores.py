@@ -39,6 +39,8 @@ def everything(path):
         for layer, one in basis.read().items():
             values = (one.U, one.S, one.P, one.spectrum)
             out[f"{name} {layer}"] = [asdict(one.record), *(value.double().tolist() for value in values)]
+        for role in ("kept", "unseen"):
+            out[f"{role} of {name}"] = {layer: values.tolist() for layer, values in basis.shares(role).items()}
     return out
 
 

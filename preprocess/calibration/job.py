@@ -20,7 +20,7 @@ from ...store import SiteData, Store, begin_moments, create_store, open_store, w
 from ...store.checkpoint import begin_half, begin_slot, finish, read_sums, use_slot, write_half, write_sums
 from ...store.format.schema import DTYPES, disk_guard, put_attributes
 from ...store.lock import writer_lock
-from ...store.moments import skip_sites
+from ...store.moments import IDLE, skip_sites
 from ...store.staging import put_in_place, resolved
 from ..corpus.source import Source
 from ..distributed import World
@@ -40,7 +40,6 @@ from .sums import stored_sums, whole_sums, with_half
 from .writers import Writers
 
 CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
-_IDLE = "no token of the data was routed to it"
 
 
 class Calibration:
@@ -134,7 +133,7 @@ class Calibration:
         if lost:
             raise PrepError(f"no token reached {lost[0]}: use more data or leave it out with --exclude")
         root = self._begin()
-        self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), _IDLE))
+        self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), IDLE))
         with Writers() as writers:
             for site in part.sites:
                 sums = part.sums.pop(site.name)

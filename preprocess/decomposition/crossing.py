@@ -13,21 +13,11 @@ from torch import Tensor
 from ...store import LayerMoment
 from ...store.excess import doubled
 from ...store.info import pattern
-from ..numerics.evaluation import (
-    Crossed,
-    Energy,
-    crossed,
-    input_variance,
-    kept_output,
-    kept_variance,
-    output_energy,
-    rest,
-)
-from ..numerics.methods import Method
+from ..numerics.evaluation import Crossed, Energy, crossed, rest
+from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
-from ..numerics.whitening import WhitenedSVD
 
-SAMPLE = 2  # layers of each kind whose excess a decomposition notes
+SAMPLE = 2  # layers of each kind whose excess a decomposition notes, unless it is told
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,13 @@ def to_cross(layers: Mapping[str, LayerMoment], method: Method, count: int) -> f
     return frozenset(sampled(known, count))
 
 
+def to_note(layers: Mapping[str, LayerMoment], method: Method, sample: int | None) -> frozenset[str]:
+    """The layers that a decomposition cross-fits, `sample` of each kind; none where no token has a say in the basis."""
+    if check(None, method) is None:
+        return frozenset()
+    return to_cross(layers, method, SAMPLE if sample is None else sample)
+
+
 def sampled(layers: Iterable[str], count: int) -> list[str]:
     """`count` layers of each kind, evenly spread over the blocks; all where count is 0 or there are no more."""
     kinds: dict[str, list[str]] = {}
@@ -96,16 +93,9 @@ def sampled(layers: Iterable[str], count: int) -> list[str]:
 
 def cross(W: np.ndarray, parts: Parts, method: Method) -> Crossed:
     """Bases of either part, scored on both."""
-    totals = (0.0, 0.0) if method.metric == "components" else (output_energy(W, parts.a), output_energy(W, parts.b))
-    return crossed(W, parts.a, parts.b, parts.share, method, totals)
+    return crossed(W, parts.a, parts.b, parts.share, method)
 
 
-def noted(W: np.ndarray, result: WhitenedSVD, parts: Parts, method: Method) -> dict[str, Any]:
+def noted(found: Crossed, energy: Energy) -> dict[str, Any]:
     """What a layer's record says of its cross-fitted errors (`crossed`), at ranks 8, 16, 32 ... and the stored one."""
-    found = cross(W, parts, method)
-    if method.metric == "components":
-        energy = Energy(input_variance(parts.whole), kept_variance(result.P, parts.whole))
-    else:
-        total = parts.share * found.a_on_a.total + (1 - parts.share) * found.b_on_b.total
-        energy = Energy(total, kept_output(result.U, result.S, result.P, parts.whole))
-    return found.shares(doubled(len(result.S)), energy)
+    return found.shares(doubled(len(energy.kept)), energy)

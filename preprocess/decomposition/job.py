@@ -94,16 +94,23 @@ class Decomposition:
 
     def _own(self) -> Iterator[tuple[str, LayerDone]]:
         """The layers of this process, U and P stored."""
-        moments = next((request.moments for request in self._requests if request.moments is not None), None)
+        moments = self._moments()
         wanted: dict[str, list[str]] = {}
         for name, layers in self._todo.items():
             for layer in layers:
                 wanted.setdefault(layer, []).append(name)
         wanted = share_of(wanted, moments, self._modules, self._world)
         methods = {name: target.request.method for name, target in self._open.items()}
-        jobs = Jobs(methods, wanted, {name: target.crossed() for name, target in self._open.items()})
+        scored = [name for name, target in self._open.items() if target.writer.shares]
+        jobs = Jobs(methods, wanted, scored, {name: target.crossed() for name, target in self._open.items()})
         for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
-            yield name, self._open[name].put(done.layer, done.W, done.result, done.crossed)
+            yield name, self._open[name].put(done)
+
+    def _moments(self) -> Moments | None:
+        """Those of the layers' inputs, if a method needs them or directions are scored on them."""
+        store, open = self._requests[0].store, self._open.values()
+        needed = any(target.request.moments is not None or target.writer.shares for target in open)
+        return store.moments if store is not None and needed else None
 
     def _store_without_moments(self) -> None:
         """A store that holds bases only, for metric identity."""

@@ -19,7 +19,7 @@ from ..hub import absolute_if_local
 from ..model import loading
 from ..model.experts import expert_layers
 from ..model.sites import target_layers
-from ..numerics.methods import Method, basis_name, check, check_sample, method_for
+from ..numerics.methods import Method, basis_name, check, check_tokens, method_for
 from ..options import DecomposeOptions
 
 
@@ -159,7 +159,7 @@ def _checked_layers(store: Store, methods: Sequence[Method]) -> dict[str, LayerM
             if reason:
                 raise StoreError(f"{layer}: {reason} into another --store, or with --overwrite")
             sampled = layers[layer].sampled > 0
-            reason = next(filter(None, (check_sample(sampled, method) for method in methods)), None)
+            reason = next(filter(None, (check_tokens(sampled, method) for method in methods)), None)
             if reason:
                 raise StoreError(f"{layer}: {reason}: {_keep_tokens(store)}")
     return layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..numerics.methods import Method
 from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import say
-from .crossing import SAMPLE, to_cross
+from .crossing import tells_output, to_note
 from .existing import check_same_weights, made_already, problem_of, same_basis
 from .request import Request
+from .workers import Decomposed
 
 Shape = tuple[int, int]
 
@@ -34,7 +35,7 @@ class Target:
         self.name, self.request = request.name, request
         self._net, self._modules = net, modules
         self._shapes = {layer: layer_shape(module) for layer, module in modules.items()}
-        self._groups = groups_of(self._shapes, request.method)
+        self._groups = groups_of(self._shapes, request.method, self._told())
 
     @property
     def bytes(self) -> int:
@@ -68,17 +69,27 @@ class Target:
 
     def crossed(self) -> frozenset[str]:
         """The layers whose record says what bases of the two parts of their tokens lose."""
-        request = self.request
-        return to_cross(request.layers or {}, request.method, SAMPLE) if request.moments is not None else frozenset()
+        count = 0 if "unseen" in self.writer.shares else self.request.options.sample
+        return to_note(self.request.layers or {}, self.request.method, count)
 
-    def put(self, layer: str, W: Tensor, result: WhitenedSVD, crossed: dict[str, Any] | None) -> LayerDone:
-        """Store U and P of a layer with the weight W. crossed: for its record, if it was cross-fitted."""
-        shape = self._shapes[layer]
+    def _told(self) -> list[str]:
+        """What is stored of every direction: `kept` where all moments tell it, `unseen` where all are cross-fitted."""
+        layers, method = self.request.layers or {}, self.request.method
+        if not layers or not all(tells_output(one, method.metric == "components") for one in layers.values()):
+            return []
+        everywhere = to_note(layers, method, self.request.options.sample) == set(layers)
+        return ["kept", "unseen"] if everywhere else ["kept"]
+
+    def put(self, done: Decomposed) -> LayerDone:
+        """Store U and P of a layer."""
+        result, shape = done.result, self._shapes[done.layer]
         group = self._groups[shape]
-        record = replace(record_of(result, shape, group["layers"].index(layer), W), crossed=crossed)
+        record = record_of(result, shape, group["layers"].index(done.layer), done.W)
+        record = replace(record, crossed=done.crossed)
+        shares = {role: torch.from_numpy(values) for role, values in done.shares.items()}
         U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
-        check_storable(layer, P, self.request.options.dtype)
-        return self.writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)
+        check_storable(done.layer, P, self.request.options.dtype)
+        return self.writer.put(done.layer, U, S, P, spectrum[: group["spectrum"]], record, shares)
 
     def _create(self) -> None:
         request = self.request
@@ -92,20 +103,23 @@ class Target:
         )
 
 
-def groups_of(shapes: Mapping[str, Shape], method: Method) -> dict[Shape, dict[str, Any]]:
-    """Layers by shape, with the rank and the length of the spectrum that all of one shape have."""
+def groups_of(shapes: Mapping[str, Shape], method: Method, shares: Sequence[str]) -> dict[Shape, dict[str, Any]]:
+    """Layers by shape, with the rank, the length of the spectrum and the `shares` that all of one shape have."""
     groups: dict[Shape, dict[str, Any]] = {}
     for layer, shape in shapes.items():
         rank = min(method.rank, *shape)
         entry = groups.setdefault(shape, {"layers": [], "rank": rank, "spectrum": spectrum_size(shape, method)})
         entry["layers"].append(layer)
+    for entry in groups.values() if shares else ():
+        entry["shares"] = list(shares)
     return groups
 
 
 def stored_bytes(groups: Mapping[Shape, dict[str, Any]], dtype: str) -> int:
     """Bytes that a basis takes on disk."""
     return sum(
-        len(g["layers"]) * (g["rank"] * (d_out + d_in) * BASIS_DTYPES[dtype] + 8 * (g["rank"] + g["spectrum"]))
+        len(g["layers"]) * (g["rank"] * (d_out + d_in) * BASIS_DTYPES[dtype])
+        + 8 * len(g["layers"]) * (g["rank"] * (1 + len(g.get("shares", ()))) + g["spectrum"])
         for (d_out, d_in), g in groups.items()
     )
 

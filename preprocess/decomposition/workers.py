@@ -6,11 +6,13 @@ One thread per layer beats many threads per matrix at these sizes; a site's seco
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
@@ -19,20 +21,23 @@ from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store import Moments
 from ..memory import free_memory
+from ..numerics.evaluation import output_energy, own_energy
 from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
-from .crossing import Parts, noted, parts_of, statistics_of
+from .crossing import Parts, cross, noted, parts_of, statistics_of
 
 
 @dataclass(frozen=True)
 class Jobs:
     """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
-    for; crossed: name -> layers that are cross-fitted, whose moments have a half.
+    for; scored: names of the bases whose directions are scored, which the moments of all layers allow; crossed: name ->
+    layers that are cross-fitted, whose moments have a half.
     """
 
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
+    scored: Collection[str]
     crossed: Mapping[str, Collection[str]]
 
     def sampled(self, layers: Iterable[str]) -> bool:
@@ -46,12 +51,17 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A layer with its weight W (d_out, d_in). crossed: its errors between the parts of its tokens, if looked at."""
+    """A layer with its weight W (d_out, d_in).
+
+    crossed: its errors between the parts of its tokens, if looked at. shares: `kept` and `unseen` of its directions
+    (r,), as far as they were looked at.
+    """
 
     layer: str
     W: Tensor
     result: WhitenedSVD
     crossed: dict[str, Any] | None
+    shares: dict[str, np.ndarray]
 
 
 def decomposed(
@@ -59,7 +69,7 @@ def decomposed(
 ) -> Iterator[tuple[str, Decomposed]]:
     """(name of the basis, layer) as they are done; at most two sites per worker are held in memory.
 
-    moments: of the layers' inputs, None where no method needs them. processes: how many share the machine's cores.
+    moments: of the layers' inputs, None where nothing needs them. processes: how many share the machine's cores.
     PrepError names the layer that failed.
     """
     sites = _by_site(moments, modules, jobs.wanted)
@@ -134,17 +144,24 @@ def _decompose_site(
             shared = parts = None
         W = weight_matrix(modules[layer])
         dense = W.to("cpu", torch.float64).numpy()
+        total: Callable[[], float] | None = None
         for name in jobs.wanted[layer]:
-            method, said = jobs.methods[name], None
+            method, said, shares = jobs.methods[name], None, {}
+            crosses = layer in jobs.crossed.get(name, ())
             needed = moments is not None and check(None, method) is not None
-            if needed and shared is None:
+            if shared is None and (needed or crosses or name in jobs.scored):
                 shared = statistics_of(moments[layer], jobs.sampled(layers))  # type: ignore[index]
             try:
                 result = whitened_svd(dense, shared if needed else None, method)
-                if shared is not None and layer in jobs.crossed.get(name, ()):
-                    parts = parts or parts_of(moments[layer], shared)  # type: ignore[index]
-                    said = noted(dense, result, parts, method)
+                if shared is not None and (crosses or name in jobs.scored):
+                    total = total or cache(partial(output_energy, dense, shared))
+                    energy = own_energy(dense, result, shared, method, total)
+                    shares["kept"] = energy.shares
+                    if crosses:
+                        parts = parts or parts_of(moments[layer], shared)  # type: ignore[index]
+                        found = cross(dense, parts, method)
+                        said, shares["unseen"] = noted(found, energy), found.kept
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
-            results.append((name, Decomposed(layer, W, result, said)))
+            results.append((name, Decomposed(layer, W, result, said, shares)))
     return results

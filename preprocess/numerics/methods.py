@@ -133,7 +133,7 @@ def check(moment_kind: str | None, method: Method) -> str | None:
     return f"{wish} needs the full second moment, not {moment_kind}: run `prep covariance --moment full`"
 
 
-def check_sample(sampled: bool, method: Method) -> str | None:
+def check_tokens(sampled: bool, method: Method) -> str | None:
     """Why a layer with or without a sample of its tokens cannot serve the method; None if it can."""
     if method.pooling == "rms" or sampled:
         return None

@@ -68,7 +68,7 @@ def gram(A: np.ndarray, moment: InputStatistics | None, method: Method, lower: n
         F = factor(A, moment, method)
         return F @ F.T
     assert moment is not None
-    C, damping = moment.second_moment, _damping(moment, method)
+    C, damping = moment.second_moment, added_diagonal(moment, method)
     if C is not None and lower is not None:
         G = lapack.congruence(lower, C + damping * np.eye(len(C)))
     elif C is not None:
@@ -91,8 +91,8 @@ def factor(A: np.ndarray, moment: InputStatistics | None, method: Method) -> np.
         return A
     assert moment is not None
     if method.metric == "diagonal":
-        return A * (_variance(moment, method) + _damping(moment, method)) ** method.power
-    C, damping = moment.second_moment, _damping(moment, method)
+        return A * (_variance(moment, method) + added_diagonal(moment, method)) ** method.power
+    C, damping = moment.second_moment, added_diagonal(moment, method)
     assert C is not None
     if method.power == 1:
         B = A @ C + damping * A
@@ -109,7 +109,7 @@ def centred(moment: InputStatistics) -> np.ndarray:
     return moment.second_moment - np.outer(_mean(moment), _mean(moment))
 
 
-def _damping(moment: InputStatistics, method: Method) -> float:
+def added_diagonal(moment: InputStatistics, method: Method) -> float:
     """What is added to the diagonal of C, in the units of C."""
     return method.damping * float(_variance(moment, method).mean()) if method.epsilon is None else method.epsilon
 

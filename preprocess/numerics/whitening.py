@@ -19,7 +19,7 @@ import numpy as np
 
 from ...errors import PrepError
 from . import lapack, randomized, solvers
-from .methods import Method, check, check_sample
+from .methods import Method, check, check_tokens
 from .metric import InputStatistics, centred, factor, gram
 
 TOKENS = 512  # of a sample that are multiplied at a time
@@ -59,7 +59,7 @@ def whitened_svd(W: np.ndarray, moment: InputStatistics | None, method: Method) 
     value is NaN or Inf.
     """
     reason = check(moment.kind if moment else None, method)
-    if reason is None and (lacking := check_sample(moment is not None and moment.tokens is not None, method)):
+    if reason is None and (lacking := check_tokens(moment is not None and moment.tokens is not None, method)):
         reason = f"{lacking}: calibrate with `prep covariance --keep-tokens 4096`"
     if reason:
         raise PrepError(reason)

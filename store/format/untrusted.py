@@ -43,7 +43,7 @@ ROOT = {
     "moments?": str,
     "removed?": {"corpus": _CORPUS, "options": (NULL, dict), "id": Word},
     "checkpoint?": (NULL, dict),
-    "run?": (NULL, dict),
+    "run?": (NULL, {"started?": str, "seconds?": float}),
 }
 MOMENTS = {"sites": {str: list}, "skipped?": {str: str}, "hashes?": {str: str}}
 SITE = {
@@ -70,7 +70,7 @@ BASIS = {
     },
     "dtype": ("float64", "float32", "float16", "bfloat16"),
     "model": _MODEL,
-    "groups": {str: {"layers": list, "rank": int, "spectrum": int}},
+    "groups": {str: {"layers": list, "rank": int, "spectrum": int, "shares?": [("kept", "unseen")]}},
     "layers": {
         str: {
             "shape": [int],
@@ -85,6 +85,7 @@ BASIS = {
             "weight_dtype": Word,
             "hash?": str,
             "checksums?": str,
+            "shares?": str,
             "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
         }
     },

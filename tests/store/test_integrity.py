@@ -225,7 +225,8 @@ def test_a_basis_that_is_none_is_found(made, store, wrong):
     writer = BasisWriter.resume(root, "full")
     U = one.U * 1.01 if wrong == "U" else one.U
     P = one.P * 1.01 if wrong == "P" else one.P
-    writer.note(writer.put(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""})))
+    shares = {role: basis.shares(role)[layer] for role in writer.shares}
+    writer.note(writer.put(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""}), shares))
     writer.finish()
     [finding] = verify(store, model=made.model).findings[:1]
     assert finding.where == f"bases/full: {layer}"
