@@ -137,8 +137,9 @@ class BasisWriter:
         dtype: str,
         model: dict[str, Any],
         groups: dict[tuple[int, int], dict[str, Any]],
+        repair: dict[str, Any] | None = None,
     ) -> BasisWriter:
-        """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}.
+        """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}; repair: see copies.py.
 
         A complete basis of that name stays until `finish`, except at a URL; one that is not complete goes at once.
 
@@ -146,6 +147,7 @@ class BasisWriter:
         """
         schema.check_writable_name(name, "basis")
         attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
+        attrs |= {"repair": repair} if repair is not None else {}
         attrs["groups"] = {group_key(shape): dict(group) for shape, group in groups.items()}
         _recover(root, name)
         _remove_pending(root, name)
@@ -191,7 +193,7 @@ class BasisWriter:
         for role, value in (("S", done.S), ("spectrum", done.spectrum)):
             self._rows[shape, role][i] = value
             self._changed.add(((shape, role), i // self._arrays[shape, role].layout.chunks[0]))
-        said = {name: value for name, value in vars(done.record).items() if name != "crossed" or value is not None}
+        said = {name: value for name, value in vars(done.record).items() if value is not None}
         self._attrs["layers"][done.layer] = said
         if time.monotonic() > self._due:
             self.flush()

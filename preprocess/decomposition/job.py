@@ -101,9 +101,10 @@ class Decomposition:
                 wanted.setdefault(layer, []).append(name)
         wanted = share_of(wanted, moments, self._modules, self._world)
         methods = {name: target.request.method for name, target in self._open.items()}
-        jobs = Jobs(methods, wanted, {name: target.crossed() for name, target in self._open.items()})
+        crossed = {name: target.crossed() for name, target in self._open.items()}
+        jobs = Jobs(methods, wanted, crossed, self._requests[0].repair)
         for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
-            yield name, self._open[name].put(done.layer, done.W, done.result, done.crossed)
+            yield name, self._open[name].put(done)
 
     def _store_without_moments(self) -> None:
         """A store that holds bases only, for metric identity."""

@@ -11,7 +11,7 @@ import zarr
 from torch import Tensor, nn
 
 from ...errors import PrepError
-from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ...linear import dtype_name, layer_shape, weight_hash
 from ...store import BasisWriter, LayerRecord, open_store
 from ...store.bases import LayerDone
 from ...store.format.schema import DTYPES
@@ -21,8 +21,9 @@ from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import say
 from .crossing import SAMPLE, to_cross
-from .existing import check_same_weights, made_already, problem_of, same_basis
+from .existing import check_same_weights, is_of, made_already, problem_of, same_basis
 from .request import Request
+from .workers import Decomposed
 
 Shape = tuple[int, int]
 
@@ -56,10 +57,7 @@ class Target:
             say(made_already(request), quiet)
             return None
         say(f"basis {self.name!r}: resumed after {len(basis.layers)} of {len(basis.expected)} layers", quiet)
-        hashes = {layer: record.weight_hash for layer, record in basis.layers.items()}
-        return [
-            layer for layer, module in self._modules.items() if hashes.get(layer) != weight_hash(weight_matrix(module))
-        ]
+        return [layer for layer, module in self._modules.items() if not is_of(request, basis, layer, module)]
 
     def open(self, root: zarr.Group) -> BasisWriter:
         """The writer of what was begun."""
@@ -69,13 +67,17 @@ class Target:
     def crossed(self) -> frozenset[str]:
         """The layers whose record says what bases of the two parts of their tokens lose."""
         request = self.request
-        return to_cross(request.layers or {}, request.method, SAMPLE) if request.moments is not None else frozenset()
+        repairs = request.repair is not None
+        known = request.moments is not None
+        return to_cross(request.layers or {}, request.method, SAMPLE, repairs) if known else frozenset()
 
-    def put(self, layer: str, W: Tensor, result: WhitenedSVD, crossed: dict[str, Any] | None) -> LayerDone:
-        """Store U and P of a layer with the weight W. crossed: for its record, if it was cross-fitted."""
+    def put(self, done: Decomposed) -> LayerDone:
+        """Store U and P of a layer."""
+        layer, result = done.layer, done.result
         shape = self._shapes[layer]
         group = self._groups[shape]
-        record = replace(record_of(result, shape, group["layers"].index(layer), W), crossed=crossed)
+        record = record_of(result, shape, group["layers"].index(layer), done.W)
+        record = replace(record, crossed=done.crossed, repaired=done.repaired)
         U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
         check_storable(layer, P, self.request.options.dtype)
         return self.writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)
@@ -89,6 +91,7 @@ class Target:
             dtype=request.options.dtype,
             model=loading.describe(self._net, request.model_id, request.revision),
             groups=self._groups,
+            repair=None if request.repair is None else request.repair.said,
         )
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
@@ -19,21 +20,24 @@ from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store import Moments
 from ..memory import free_memory
+from ..model.quantised import Copy
 from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
-from .crossing import Parts, noted, parts_of, statistics_of
+from .crossing import Parts, noted, of_error, parts_of, statistics_of
 
 
 @dataclass(frozen=True)
 class Jobs:
     """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
-    for; crossed: name -> layers that are cross-fitted, whose moments have a half.
+    for; crossed: name -> layers that are cross-fitted, whose moments have a half; repair: the copy Q whose error W - Q
+    is decomposed in place of W.
     """
 
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
     crossed: Mapping[str, Collection[str]]
+    repair: Copy | None = None
 
     def crosses(self, layer: str) -> bool:
         """Whether a layer is cross-fitted for any basis."""
@@ -42,12 +46,15 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A layer with its weight W (d_out, d_in). crossed: its errors between the parts of its tokens, if looked at."""
+    """A layer with its weight W (d_out, d_in). crossed: its errors between the parts of its tokens, if looked at;
+    repaired: what is known of the copy whose error was decomposed in place of W.
+    """
 
     layer: str
     W: Tensor
     result: WhitenedSVD
     crossed: dict[str, Any] | None
+    repaired: dict[str, Any] | None
 
 
 def decomposed(
@@ -128,12 +135,13 @@ def _decompose_site(
         if shared is not None and shared.kind == "output":  # of one layer only
             shared = parts = None
         W = weight_matrix(modules[layer])
-        dense = W.to("cpu", torch.float64).numpy()
+        dense, repaired = matrix_of(layer, W, jobs.repair)
         for name in jobs.wanted[layer]:
             method, said = jobs.methods[name], None
             needed = moments is not None and check(None, method) is not None
             if needed and shared is None:
                 shared = statistics_of(moments[layer])  # type: ignore[index]
+                shared = shared if jobs.repair is None else of_error(shared)
             try:
                 result = whitened_svd(dense, shared if needed else None, method)
                 if shared is not None and layer in jobs.crossed.get(name, ()):
@@ -141,5 +149,10 @@ def _decompose_site(
                     said = noted(dense, result, parts, method)
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
-            results.append((name, Decomposed(layer, W, result, said)))
+            results.append((name, Decomposed(layer, W, result, said, repaired)))
     return results
+
+
+def matrix_of(layer: str, W: Tensor, repair: Copy | None) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """What is decomposed, float64: W (d_out, d_in), or the error W - Q of a copy with what its record says of Q."""
+    return (W.to("cpu", torch.float64).numpy(), None) if repair is None else repair.error(layer, W)

@@ -54,6 +54,9 @@ SITE = {
     "hash": str,
     "half?": {"count": int, "share": float},
 }
+REPAIRED = {"hash": Word, "dtype": Word, "probes": [float], "error": float}
+_COPY = {"source": ("recipe", "checkpoint", "module"), "name": Word, "id?": Word, "revision?": (Word, NULL)}
+_COPY |= {"files?": (str, NULL), "config?": (NULL, dict)}
 BASIS = {
     "status": ("complete", "incomplete"),
     "method": {
@@ -68,6 +71,7 @@ BASIS = {
     },
     "dtype": ("float64", "float32", "float16", "bfloat16"),
     "model": _MODEL,
+    "repair?": _COPY,
     "groups": {str: {"layers": list, "rank": int, "spectrum": int}},
     "layers": {
         str: {
@@ -84,6 +88,7 @@ BASIS = {
             "hash?": str,
             "checksums?": str,
             "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
+            "repaired?": (NULL, REPAIRED),
         }
     },
     "hash?": str,
