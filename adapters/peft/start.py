@@ -185,7 +185,8 @@ def open_basis(store: Store, init: str, basis: str | None = None) -> BasisSet:
     bases = store.bases[basis or INITS[init]]
     sort = "eva" if bases.method.get("metric") == "components" else "lora" if bases.repair is None else "repair"
     if sort != (init if init in ("eva", "repair") else "lora"):
-        raise PrepError(f"basis {bases.name!r} does not serve init {init!r}: leave out basis= to take {INITS[init]!r}")
+        advice = "name one made with --repair" if init == "repair" else f"leave out basis= to take {INITS[init]!r}"
+        raise PrepError(f"basis {bases.name!r} does not serve init {init!r}: {advice}")
     return bases
 
 
@@ -265,7 +266,7 @@ def _check_residual(model: nn.Module, modules: Mapping[str, nn.Module], init: st
             kind = type(module.weight).__name__
             raise PrepError(
                 f"{layer} is quantised ({kind}) and cannot keep the residual of init {init!r}: quantise the base that "
-                "prep.peft.save(..., as_='residual') writes, or take init 'eva'"
+                "prep.peft.save(..., as_='residual') writes, or take init 'repair' or 'eva'"
             )
         shared = [name for name in users[id(module.weight)] if name != f"{layer}.weight"]
         if shared:
