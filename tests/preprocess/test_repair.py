@@ -255,7 +255,7 @@ def test_layers_that_are_not_quantised_have_nothing_to_repair(home, store):
         ({"select": "bottom"}, "--repair takes the top of the error, not select bottom"),
         (
             {"repair": "itn4"},
-            r"--repair 'itn4' is no recipe .*\(did you mean 'int4'\?\): give one of them, or the path",
+            r"--repair 'itn4' is no recipe .*\(did you mean 'int4'\?",
         ),
         ({"repair": "./nowhere"}, r"no model at ./nowhere: give a directory"),
         ({"repair": torch.nn.Linear(2, 2)}, r"the quantised copy has no linear layer model.layers.0.self_attn.q_proj"),
