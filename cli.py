@@ -215,6 +215,12 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
     help="A published method: metric, power and select. Several, repeated or joined by commas, share one load of the "
     "model and one reading of each moment.",
 )
+@_decompose_option(
+    "--repair",
+    metavar="COPY",
+    help="Decompose the error W - Q of a quantised copy: a recipe (nf4, fp4, int8, int4, int3, int2, int4-g128 ...), "
+    "or the path or hub id of a quantised model.",
+)
 @_decompose_option("--name", help="Name of the basis.  [default: from metric, power and select]")
 @_decompose_option(
     "--metric",
@@ -257,6 +263,7 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     prep decompose --for corda_kpm --rank 32     a published method
     prep decompose --for pissa,whitened,eva      several at once
     prep decompose --metric identity --model X   plain SVD, needs no covariance
+    prep decompose --repair nf4                  what bitsandbytes' 4 bits lose of W
     """
     from .preprocess.decompose import decompose as run
     from .preprocess.distributed import launched
@@ -368,12 +375,16 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         return
     for line in table(facts):
         click.echo(line)
-    whole = {name: basis["method"] for name, basis in facts["bases"].items() if "problem" not in basis}
-    trainable = [name for name, method in whole.items() if method["metric"] != "components"]
+    whole = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
+    repairs = [name for name, basis in whole.items() if basis["repairs"] is not None]
+    trainable = [name for name in whole if name not in repairs and whole[name]["method"]["metric"] != "components"]
     if facts["status"] != "complete":
         _say(quiet, "next: the same `prep covariance` command again")
     elif trainable:
         _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
+    elif repairs:
+        start = f'prep.peft.get_model(quantised, "{store}", init="repair", basis="{repairs[0]}")'
+        _say(quiet, f"next, in Python: {start}")
     else:
         _say(quiet, f"next: prep decompose{store_option(store)}")
 

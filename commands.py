@@ -1,6 +1,7 @@
 """The commands that errors advise, in their shortest form; the default names of bases and their methods."""
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ _DEFAULTS = {
     "epsilon": None,
 }
 _NUMBERS = ("power", "damping", "epsilon")
+RECIPE = re.compile(r"nf4|fp4|int8|int[234](-g[1-9][0-9]{0,5})?")  # of a quantised copy that is made where it is needed
 
 
 def default_name(method: Mapping[str, Any]) -> str:
@@ -52,20 +54,41 @@ def default_name(method: Mapping[str, Any]) -> str:
     return f"{method['metric']}{power}{centered}{select}{pooling}"
 
 
+def repair_name(label: str, method: Mapping[str, Any]) -> str:
+    """`repair-nf4`, `repair-nf4-diagonal` ..., from what a quantised copy is called and a method's fields."""
+    suffix = default_name(method)
+    return f"repair-{label}{'' if suffix == 'full' else f'-{suffix}'}"
+
+
 def decompose_command(
     name: str,
     method: Mapping[str, Any] | None = None,
     rank: int | None = None,
     overwrite: bool = False,
     store: str | Path = DEFAULT_STORE,
+    repair: Mapping[str, Any] | None = None,
 ) -> str:
-    """The shortest command for a basis of that name: by its method or, without one, by what a default name says."""
-    method = _said_by(name) if method is None else method
+    """The shortest command for a basis of that name: by its method or, without one, by what a default name says.
+
+    repair: what a basis says of the quantised copy that it repairs.
+    """
+    if method is None:
+        method, repair = _said_by(name), repair or _repair_said_by(name)
+    usual = "" if method is None else default_name(method) if repair is None else repair_name(repair["name"], method)
+    if repair is not None and repair["source"] == "module":
+        given = {} if method is None else {key: method.get(key, plain) for key, plain in _DEFAULTS.items()}
+        words = [f"{key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key]]
+        words += [] if usual == name else [f"name={name!r}"]
+        words += [] if rank is None else [f"rank={rank}"]
+        words += ["overwrite=True"] if overwrite else []
+        return f"`{', '.join([f'prep.decompose({str(store)!r}', 'repair=module', *words])})`"
     words = ["prep", "decompose"]
-    if method is None or default_name(method) != name:
+    if repair is not None:
+        words += ["--repair", shlex.quote(repair["id"] if repair["source"] == "checkpoint" else repair["name"])]
+    if usual != name:
         words += ["--name", shlex.quote(name)]
     if method is not None:
-        words += _options(method)
+        words += _options(method, _METHOD_OF.get(usual))
     words += [] if rank is None else ["--rank", str(rank)]
     words += ["--overwrite"] if overwrite else []
     return f"`{' '.join(words)}{store_option(store)}`"
@@ -91,9 +114,8 @@ def missing_basis(name: str, there: Sequence[str], store: str | Path) -> str:
     return f"{said}{meant or ': make it with ' + decompose_command(name, store=store)}"
 
 
-def _options(method: Mapping[str, Any]) -> list[str]:
+def _options(method: Mapping[str, Any], published: str | None) -> list[str]:
     """The options of a method that are not the defaults: those of a published one by its name."""
-    published = _METHOD_OF.get(default_name(method))
     words = [] if published in (None, "whitened") else ["--for", str(published)]
     for option, default in _DEFAULTS.items():
         value = method.get(option, default)
@@ -107,10 +129,20 @@ def _options(method: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def _repair_said_by(name: str) -> dict[str, Any] | None:
+    """The copy that a basis of this default name repairs; None for a name of another sort."""
+    said = re.fullmatch(rf"repair-(?:({RECIPE.pattern})(-.*)?|.+)", name)
+    if said is None:
+        return None
+    return {"source": "recipe", "name": said[1]} if said[1] else {"source": "checkpoint", "name": "", "id": "COPY"}
+
+
 def _said_by(name: str) -> dict[str, Any] | None:
     """The method that has this default name; None if no method has it."""
     if name == "eva":
         return {"metric": "components"}
+    if (repair := re.fullmatch(rf"repair-(?:{RECIPE.pattern})(?:-(.*))?", name)) is not None:
+        return _said_by(repair[2] or "full")
     metric, *rest = name.split("-")
     method: dict[str, Any] = {"metric": metric}
     for part in rest:

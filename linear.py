@@ -4,7 +4,9 @@ Every formula of the project uses `W (d_out, d_in)` with `y = x @ W.T`, whatever
 weights of a model that accelerate spread over devices are partly kept elsewhere: in memory, or in a file.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,6 +95,26 @@ def _dequantised(module: Any, weight: Any) -> Tensor:
         f"the weight of a {type(module).__name__} is {packed} and cannot be read: leave the layer out with --exclude, "
         "or give the model with plain weights"
     )
+
+
+@contextlib.contextmanager
+def kept_packed(model: nn.Module) -> Iterator[None]:
+    """Inside, `state_dict` may be called on a model whose 4-bit weights a forward on a CPU has repacked.
+
+    bitsandbytes unpacks them for it and leaves their scales transposed; they are put back as they were.
+    """
+    packed: list[tuple[Any, Tensor, Any, dict[str, Any]]] = []
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            packed.append((weight, weight.data, state, dict(vars(state))))
+    try:
+        yield
+    finally:
+        for weight, data, state, fields in packed:
+            weight.data, weight.quant_state = data, state
+            vars(state).clear()
+            vars(state).update(fields)
 
 
 def parameter(module: nn.Module, key: str) -> Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from .layer import AdaptedLinear
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter's bases are: a named basis of a store, and per layer the hash and dtype of its weight."""
+    """What an adapter's bases are: a named basis of a store, and per layer the hash and dtype of its weight.
+
+    repaired: per layer what is known of the quantised weight whose error was decomposed; empty for bases of weights.
+    """
 
     store: str
     basis: str
     hash: str
     metric: str
     weights: dict[str, tuple[str, str]]
+    repaired: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def identity(self) -> bool:
@@ -71,7 +75,7 @@ class Adapter:
         return sum(layer.P.numel() + layer.Ut.numel() for layer in self.layers.values()) + self.trainable
 
     def set_coeff(self, s: float) -> None:
-        """Scale the adapter by s in every forward from here on: 1 as trained, 0 the base model.
+        """Scale the adapter by s in every forward from here on: 1 as trained, 0 the base model, or the repaired one.
 
         PrepError where s is not finite or the adapter is merged.
         """

@@ -1,6 +1,7 @@
 """attach, detach, merge, unmerge: bases of a store -> a trainable model.
 
 An adapted layer computes y = base(x) + core(p) @ U.T, p = x @ P.T (see layer.py, cores.py); the base is frozen.
+On a basis of the error of a quantised base it adds the repair: y = base(x) + (core(p) + p * S) @ U.T.
 """
 
 import functools
@@ -12,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PrepError, did_you_mean
-from ..linear import is_conv1d, is_plain, layer_shape
+from ..linear import is_conv1d, is_plain, kept_packed, layer_shape
 from ..store import BasisSet, Store, open_store
 from ..store.ranks import choice, matching
 from .adapter import Adapter, Origin, find_adapter
 from .coefficient import Coefficient
 from .cores import CORES, Core
-from .drift import by_hash, check_verify, check_weight, tensors_of
+from .drift import by_hash, check_copy, check_verify, check_weight, tensors_of
 from .layer import AdaptedLinear
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -45,6 +46,9 @@ def attach(
     verify: check that the basis was made from this model's weights, on a GPU by a probe; "hash" compares hashes there,
     too. Call it before DDP or `fully_shard`. `**VARIANTS[name]` gives the arguments of a published adapter.
 
+    A basis made with --repair belongs to the quantised model, whose dequantised weights are compared; its repair is
+    added beside the core, so that the start, and the coefficient 0, is the repaired model.
+
     All or nothing: PrepError or StoreError leaves the model as it was. Nothing is decomposed here.
     """
     refuse_adapted(model)
@@ -70,6 +74,7 @@ def attach(
         hash=bases.hash,
         metric=bases.method["metric"],
         weights={name: (bases.layers[name].weight_hash, bases.layers[name].weight_dtype) for name in names},
+        repaired={name: known for name in names if (known := bases.layers[name].repaired) is not None},
     )
     parts = {name: (part.U, part.S, part.P) for name, part in bases.read(names, rank).items()}
     return install(model, modules, parts, prototype, origin, verify)
@@ -168,7 +173,7 @@ def install(
         weight = tensors_of(module)[0]
         dtype = weight.dtype if is_plain(module) else U.dtype
         U, P, S = (part.to(weight.device) for part in (U, P, S))
-        layers[name] = AdaptedLinear(module, U, P, core.on(S, coefficient), dtype)
+        layers[name] = AdaptedLinear(module, U, P, core.on(S, coefficient), dtype, name in origin.repaired)
         if states is not None:
             _fill(name, layers[name], states[name])
     adapter = Adapter(layers, core, origin, coefficient)
@@ -232,8 +237,11 @@ def unmerge(model: nn.Module) -> None:
 def _check_weights(
     modules: dict[str, nn.Module], parts: dict[str, tuple[Tensor, Tensor, Tensor]], origin: Origin, verify: bool | str
 ) -> None:
-    """`check_weight` of every layer."""
+    """`check_weight` of every layer, or `check_copy` of one whose quantisation is repaired."""
     for name, module in modules.items():
+        if name in origin.repaired:
+            check_copy(name, module, origin.repaired[name], verify)
+            continue
         check_weight(name, module, *parts[name], origin.weights[name], origin.identity, by_hash(module, verify))
 
 
@@ -261,7 +269,8 @@ def _insert(model: nn.Module, adapter: Adapter) -> None:
         ]
     }
     if hasattr(model, "_keys_to_ignore_on_save"):  # a Trainer's checkpoints then hold the cores only
-        changes["_keys_to_ignore_on_save"] = {key for key in model.state_dict() if key not in trained}
+        with kept_packed(model):
+            changes["_keys_to_ignore_on_save"] = {key for key in model.state_dict() if key not in trained}
     if hasattr(model, "save_pretrained"):
         changes["save_pretrained"] = functools.partial(_save_pretrained, model.save_pretrained)  # type: ignore[arg-type]
     adapter.attributes = {"present": {key: present[key] for key in changes if key in present}, "new": list(changes)}

@@ -1,16 +1,21 @@
 """Does a basis belong to this weight? U^T W = diag(S) P holds for every basis that was made from W.
 
+A basis of the error W - Q of a quantised copy belongs to Q, which is known by its hash or by probes (copies.py).
+
 Weights of the dtype the basis was made from are compared by hash. Others, quantised ones included, are probed: for
 random x, `(W x)^T U` against `(P x)^T diag(S)`; the relative difference is the drift of the weights. Weights on a GPU
 are probed as well, unless a hash is asked for, which copies them to the host.
 """
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..copies import FAR, distance, probed, signs
 from ..errors import PrepError
 from ..linear import dtype_name, is_plain, layer_shape, weight_hash, weight_matrix
 from ..precision import exact
@@ -58,6 +63,41 @@ def check_weight(
     limit = TOLERANCE[dtype_name(U.dtype)] if same_dtype else tolerance(module, dtype, U.dtype)
     if (same_dtype and hashed) or not measured <= limit:
         raise PrepError(f"{where} (drift {measured:.2%}): {advice}")
+
+
+def check_copy(name: str, module: nn.Module, known: Mapping[str, Any], verify: bool | str) -> None:
+    """PrepError if a base layer does not compute with the quantised weight Q whose error was decomposed.
+
+    known: what the basis records of Q. Where hashes differ, or are not asked for, probes tell; with verify "hash" only
+    an equal hash will do.
+    """
+    count = len(known["probes"])
+    try:
+        Q = weight_matrix(module)
+    except PrepError as error:  # its own forward may still tell
+        probes = _probed_by_forward(name, module, count, error)
+    else:
+        if by_hash(module, verify) and weight_hash(Q) == known["hash"]:
+            return
+        probes = probed(Q, count)
+    measured = distance(probes, known)
+    if verify == "hash" or not measured <= FAR:
+        raise PrepError(
+            f"{name} has another quantised weight than its basis repairs (they differ by {measured:.0%} of that "
+            "weight's error): give the base that was decomposed with --repair, decompose this one, or pass verify=False"
+        )
+
+
+def _probed_by_forward(name: str, module: nn.Module, count: int, error: PrepError) -> Tensor:
+    """`probed` of a weight that only the layer itself can read."""
+    s, t = signs(layer_shape(module), count)
+    try:
+        return (product(module, t.float()).cpu().double() * s).sum(1)
+    except Exception:  # whatever a quantiser's layer raises where it is called alone
+        raise PrepError(
+            f"{name}, a {type(module).__name__}, has a quantised weight that cannot be compared with the one its basis "
+            "repairs: run the model once, which unpacks some, or pass verify=False"
+        ) from error
 
 
 def by_hash(module: nn.Module, verify: bool | str) -> bool:

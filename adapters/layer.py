@@ -1,4 +1,7 @@
-"""The adapted layer: y = base(x) + core(p) @ U.T with p = x @ P.T; the base weight is never written."""
+"""The adapted layer: y = base(x) + core(p) @ U.T with p = x @ P.T; the base weight is never written.
+
+On a basis of the error of a quantised base, its repair is added: y = base(x) + (core(p) + p * S) @ U.T.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +22,20 @@ class AdaptedLinear(nn.Module):
     Ut (r, d_out), the transpose of U as a store holds it, and P (r, d_in) are frozen parameters, kept in `dtype` and
     cast to that of x in the forward. Rows of P that `dtype` has no room for are divided by 2^exponent, and their
     coordinates multiplied by it. The core computes in float32 (float64 if it is in float64), with autocast off.
+    repairs: the basis is one of the error of the base layer's quantised weight.
     """
 
     exponent: Tensor | None
 
-    def __init__(self, base_layer: nn.Module, U: Tensor, P: Tensor, core: Core, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        U: Tensor,
+        P: Tensor,
+        core: Core,
+        dtype: torch.dtype | None = None,
+        repairs: bool = False,
+    ):
         super().__init__()
         dtype = dtype or P.dtype
         exponent = row_exponents(P, dtype)
@@ -32,7 +44,7 @@ class AdaptedLinear(nn.Module):
         self.Ut = nn.Parameter(U.T.to(dtype).contiguous(), requires_grad=False)
         self.P = nn.Parameter(P.to(dtype).contiguous(), requires_grad=False)
         self.register_buffer("exponent", exponent, persistent=False)
-        self.core = core
+        self.core, self.repairs = core, repairs
         self.out_features, self.in_features = layer_shape(base_layer)
 
     @property
@@ -56,16 +68,22 @@ class AdaptedLinear(nn.Module):
         return getattr(self.base_layer, "bias", None)
 
     def change(self, p: Tensor) -> Tensor:
-        """core(p) in at least float32: p (..., r) -> (..., r)."""
+        """core(p), and p * S where the basis repairs, in at least float32: p (..., r) -> (..., r)."""
         core = self.core
         dtype = torch.promote_types(core.S.dtype, torch.float32)
         with torch.autocast(p.device.type, enabled=False):
-            if core.S.dtype == dtype:
-                return core(p.to(dtype))
-            # parameters that mixed precision has cast down would meet p in another dtype
-            state = {**dict(core.named_parameters()), **dict(core.named_buffers())}
-            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-            return functional_call(core, state, (p.to(dtype),))
+            p = p.to(dtype)
+            q = self._core(p, dtype)
+            return q + p * core.S.to(dtype) if self.repairs else q
+
+    def _core(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        core = self.core
+        if core.S.dtype == dtype:
+            return core(p)
+        # parameters that mixed precision has cast down would meet p in another dtype
+        state = {**dict(core.named_parameters()), **dict(core.named_buffers())}
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        return functional_call(core, state, (p,))
 
     def project(self, x: Tensor) -> Tensor:
         """x @ P.T: x (..., d_in) -> (..., r). A P that is wider than float16 is not cast to it."""
@@ -84,7 +102,7 @@ class AdaptedLinear(nn.Module):
         return y + (q @ self.Ut.to(x.dtype)).to(y.dtype)
 
     def matrix(self) -> Tensor:
-        """What the adapter adds to the weight: U @ K.T @ P (d_out, d_in) with K = core(I), in at least float32."""
+        """What the adapter adds to the weight: U @ K.T @ P (d_out, d_in) with K = change(I), in at least float32."""
         with torch.no_grad(), exact():
             K = self.change(torch.eye(len(self.P), device=self.P.device))
             return self.U.to(K.dtype) @ K.T @ self.projector.to(K.dtype)

@@ -1,7 +1,8 @@
 """Adapters on disk: safetensors with `<layer>.core.<parameter>` and, unless left out, `<layer>.U`, `.S` and `.P`.
 
 The metadata entry `prep` is JSON: format_version, core {name, builtin, options}, basis {store, name, hash, metric},
-layers {name: {shape, rank, weight_hash, weight_dtype}} and a checksum of all this and of the tensors.
+layers {name: {shape, rank, weight_hash, weight_dtype}} and a checksum of all this and of the tensors. Version 2, of
+adapters that repair a quantised base, has `repaired` in every layer: what is known of its quantised weight (copies.py).
 """
 
 import json
@@ -14,16 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..copies import is_sound
 from ..errors import PrepError
 from ..files import written
 from ..store import Store, open_store
 from ..store.format.schema import DTYPES, content_hash
-from ..store.format.untrusted import Word, loads, mismatch
+from ..store.format.untrusted import REPAIRED, Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BIG = 10_000_000  # bytes of a stored basis from which on it is said that it can be left out
 _log = logging.getLogger(__name__)
 _HEADER = {
@@ -31,7 +33,9 @@ _HEADER = {
     "core": {"name": Word, "builtin": bool, "options": dict},
     "basis": {"store": str, "name": Word, "hash": str, "metric": ("full", "diagonal", "identity", "components")},
     "embedded": bool,
-    "layers": {str: {"shape": [int], "rank": int, "weight_hash": Word, "weight_dtype": Word}},
+    "layers": {
+        str: {"shape": [int], "rank": int, "weight_hash": Word, "weight_dtype": Word, "repaired?": REPAIRED},
+    },
     "checksum": str,
 }
 
@@ -96,6 +100,7 @@ def load(
         hash=basis["hash"],
         metric=basis["metric"],
         weights={name: (layer["weight_hash"], layer["weight_dtype"]) for name, layer in header["layers"].items()},
+        repaired={name: layer["repaired"] for name, layer in header["layers"].items() if "repaired" in layer},
     )
     ranks = {name: layer["rank"] for name, layer in header["layers"].items()}
     parts = _embedded(tensors, list(ranks)) if header["embedded"] else _referred(path, origin, ranks, store)
@@ -115,9 +120,10 @@ def _header(adapter: Adapter, embedded: bool) -> dict[str, Any]:
             "rank": len(module.P),
             "weight_hash": weight_hash,
             "weight_dtype": weight_dtype,
+            **({"repaired": origin.repaired[layer]} if layer in origin.repaired else {}),
         }
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if origin.repaired else 1,
         "core": {"name": name, "builtin": builtin, "options": core.options},
         "basis": {"store": origin.store, "name": origin.basis, "hash": origin.hash, "metric": origin.metric},
         "embedded": embedded,
@@ -176,6 +182,9 @@ def _check_layers(path: str | Path, header: dict[str, Any], tensors: dict[str, T
     """PrepError where shapes, ranks and the basis of a layer do not go together, or a number is NaN or infinite."""
     for name, layer in header["layers"].items():
         shape, rank = layer["shape"], layer["rank"]
+        known = layer.get("repaired")
+        if (known is not None) != (header["format_version"] > 1) or not (known is None or is_sound(known)):
+            raise PrepError(f"{path} does not say what {name:.80} repairs: it was not written by prep.save")
         if len(shape) != 2 or min(shape) < 1 or not 1 <= rank <= min(shape):
             raise PrepError(
                 f"{path} holds {name:.80} of the shape {shape} at rank {rank}: it was not written by prep.save"

@@ -23,6 +23,7 @@ from .progress import say
 def decompose(
     store: str | Path | Store = "prep.zarr",
     *,
+    repair: str | nn.Module | None = None,
     for_: str | Sequence[str] | None = None,
     name: str | None = None,
     metric: str | None = None,
@@ -47,6 +48,9 @@ def decompose(
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
 
     store: its path, URL, or the opened store.
+    repair: a quantised copy Q of the model, whose error W - Q is decomposed in place of W: a recipe (nf4, fp4, int8, or
+    int4, int3, int2 with groups such as int4-g128), a path or hub id, or a module. U, S and P are then the best repair
+    of the copy: least E||(W - Q - U S P) x||^2 in metric full, which needs full second moments.
     for_: a published method, such as "corda_ipm" (a row of PUBLISHED), whose metric, power, select and center are
     fixed. Of several, in a list or joined by commas, the bases are made with one load of the model and one reading of
     each moment, and returned as a list in their order; methods that share a basis return it alike.
@@ -93,7 +97,7 @@ def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[Basis
     bases = open_store(options.store).bases
     for basis in (bases[request.name] for request in todo if request.method.metric == "components"):
         say(_reach(basis), options.quiet)
-    made = [bases[name] for name in basis_names(options)]
+    made = [bases[name] for name in basis_names(options, requests[0].repair)]
     return made if options.several else made[0]
 
 

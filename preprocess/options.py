@@ -159,6 +159,7 @@ class DecomposeOptions:
     """What `decompose` was asked for. The fields are the verb's arguments."""
 
     store: str | Path = "prep.zarr"
+    repair: str | nn.Module | None = None
     for_: str | Sequence[str] | None = None
     name: str | None = None
     metric: str | None = None
@@ -183,6 +184,7 @@ class DecomposeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _as_given(self.model))
+        object.__setattr__(self, "repair", _as_given(self.repair))
         object.__setattr__(self, "store", getattr(self.store, "location", self.store))  # of an opened one
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         one_of("--dtype", self.dtype, tuple(BASIS_DTYPES))

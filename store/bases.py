@@ -30,7 +30,7 @@ from .format import schema
 from .staging import one_line, remove_all, swap
 
 _COLUMNS = ("basis", "status", "metric", "power", "select", "rank", "layers")
-_OPTIONAL = ("crossed", "shares")  # of a record
+_OPTIONAL = ("crossed", "shares", "repaired")  # of a record
 FLUSH_SECONDS = 1.0
 FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer
 
@@ -137,9 +137,10 @@ class BasisWriter:
         dtype: str,
         model: dict[str, Any],
         groups: dict[tuple[int, int], dict[str, Any]],
+        repair: dict[str, Any] | None = None,
     ) -> BasisWriter:
         """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}, and "shares", some of SHARES, if
-        these are known of all layers.
+        these are known of all layers; repair: see copies.py.
 
         A complete basis of that name stays until `finish`, except at a URL; one that is not complete goes at once.
 
@@ -147,6 +148,7 @@ class BasisWriter:
         """
         schema.check_writable_name(name, "basis")
         attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
+        attrs |= {"repair": repair} if repair is not None else {}
         attrs["groups"] = {group_key(shape): dict(group) for shape, group in groups.items()}
         _recover(root, name)
         _remove_pending(root, name)

@@ -22,6 +22,7 @@ import zarr
 from torch import Tensor
 
 from ..commands import decompose_command
+from ..copies import is_sound
 from ..errors import StoreError, did_you_mean
 from .display import html_table
 from .format import schema
@@ -39,7 +40,8 @@ class LayerRecord:
     P, S and the spectrum, by which `verify` knows them; checksums: of their parts, by which a slice is known.
     crossed: for some layers, at `ranks`, what bases of the two parts of the tokens lose (lists `unseen`, `excess` and
     `least`, in shares of E||W x||^2, see `prep evaluate`). shares: the checksums of the rows of `kept` and `unseen`,
-    which `hash` does not cover: it tells the basis, whatever is known of it.
+    which `hash` does not cover: it tells the basis, whatever is known of it. repaired: of a basis of the error
+    E = W - Q, what is known of Q (see copies.py); E then takes W's place in all other fields but its hash.
     """
 
     shape: tuple[int, int]
@@ -56,6 +58,7 @@ class LayerRecord:
     checksums: str = ""
     crossed: dict[str, Any] | None = None
     shares: str = ""
+    repaired: dict[str, Any] | None = None
 
 
 SHARES = ("kept", "unseen")  # the arrays that a group may have, in the order in which it gets them
@@ -78,6 +81,8 @@ def _record(layer: str, fields: dict[str, Any], group: dict[str, Any]) -> LayerR
         raise ValueError(layer)
     if record.crossed is not None:
         _check_crossed(record.crossed, layer)
+    if record.repaired is not None and not is_sound(record.repaired):
+        raise ValueError(layer)
     return record
 
 
@@ -157,6 +162,7 @@ class BasisSet(Mapping[str, Basis]):
         self.method: dict[str, Any] = attrs["method"]
         self.dtype = str(attrs["dtype"])
         self.model: dict[str, Any] = attrs["model"]
+        self.repair: dict[str, Any] | None = attrs.get("repair")  # the copy whose error was decomposed (copies.py)
         self.hash = str(attrs.get("hash", ""))
         try:
             self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
@@ -165,6 +171,8 @@ class BasisSet(Mapping[str, Basis]):
                 layer: _record(layer, record, self._groups[tuple(record["shape"])])  # type: ignore[index]
                 for layer, record in attrs["layers"].items()
             }
+            if any((record.repaired is None) != (self.repair is None) for record in self.layers.values()):
+                raise ValueError(name)
         except (KeyError, ValueError) as error:
             raise StoreError(f"the attributes of basis {name!r} are damaged: restore the store from a copy") from error
         self._opened: dict[Place, schema.Array] = {}
@@ -255,7 +263,7 @@ class BasisSet(Mapping[str, Basis]):
 
     def command(self, rank: int) -> str:
         """The `prep decompose` command that makes this basis anew with another rank."""
-        return decompose_command(self.name, self.method, rank, True, schema.place_of(self._group))
+        return decompose_command(self.name, self.method, rank, True, schema.place_of(self._group), self.repair)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import zarr
 
 from ..commands import decompose_command, store_option
+from ..copies import named
 from ..errors import StoreError
 from .artifact import Store, open_store
 from .bases import Bases
@@ -87,6 +88,7 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
         "layers": len(records),
         "of": len(basis.expected),
         "method": basis.method,
+        "repairs": named(basis.repair),
         "rank": basis.rank,
         "dtype": basis.dtype,
         "hash": basis.hash,
@@ -147,6 +149,7 @@ def table(facts: dict[str, Any]) -> list[str]:
     bases = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     if bases:
         lines += ["", *aligned(basis_rows(bases))]
+        lines += [f"{name} repairs {one['repairs']}" for name, one in bases.items() if one["repairs"] is not None]
         lines += [facts["advice"]] if facts["advice"] else []
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]

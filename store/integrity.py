@@ -244,7 +244,7 @@ def _layer(
         report.add(where, "S is not positive")
     if (basis_layer.spectrum < 0).any() or (basis_layer.spectrum.diff() > 0).any():
         report.add(where, "the spectrum is not positive or not in descending order")
-    if known and not components:
+    if known and not components and basis.repair is None:  # U^T E = diag(S) P there, and E is not at hand
         left = U.T @ weights[layer].double()
         drift = float((left - S[:, None] * P).norm() / weights[layer].double().norm().clamp_min(1e-300))
         if drift > (2 + record.rank**0.5) * eps:

@@ -115,6 +115,21 @@ def layers(net: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in net.named_modules() if is_linear(module) and name != "lm_head"}
 
 
+def wide(seed: int = 0) -> Any:
+    """A Llama whose layers bitsandbytes can pack, several blocks in a row: hidden 64, the widest input 192."""
+    return model("Llama", seed, hidden_size=64, intermediate_size=192)
+
+
+def packed(directory: str, kind: str = "nf4", **settings: Any) -> Any:
+    """A saved model with its layers packed by bitsandbytes as it is loaded: nf4, fp4 or int8."""
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": torch.float32}
+    given = {"load_in_8bit": True} if kind == "int8" else four
+    config = transformers.BitsAndBytesConfig(**given, **settings)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=config, device_map="cpu", dtype=torch.float32
+    ).eval()
+
+
 def save(model: Any, path: Path, padding_side: str = "right") -> str:
     """Model and tokenizer in a directory; its name."""
     bars = logging.is_progress_bar_enabled()

@@ -8,7 +8,8 @@
 
 V_WC is P.T. The two CorDA files are `torch.save` dictionaries of float32 tensors, the only thing that PEFT takes there;
 the others are safetensors. peft-lora is for the unmodified base and starts as it: rank 2r, `A = [A0; A0]`,
-`B = [B0, -B0]`; with an eva basis rank r and B = 0.
+`B = [B0, -B0]`; with an eva basis rank r and B = 0. With a basis of the error of a quantised base it repairs that base:
+rank r, `s B A = U diag(S) P`.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def _check(bases: BasisSet, to: str, rank: int | None) -> None:
     components = bases.method["metric"] == "components"
     if (to == "peft-corda" and components) or (to == "peft-eva" and not components):
         raise PrepError(f"basis {bases.name!r} does not serve --to {to}: take {BASES[to]!r}")
+    if bases.repair is not None and to not in ("peft-lora", "safetensors"):
+        raise PrepError(f"basis {bases.name!r} repairs a quantised model and does not serve --to {to}: take peft-lora")
     if rank is None and to != "safetensors":
         raise PrepError(f"--to {to} needs a --rank: the r of the LoraConfig that will read it")
     if rank is not None:
@@ -121,7 +124,7 @@ def _triples(bases: BasisSet, rank: int | None) -> dict[str, Tensor]:
 
 
 def _lora(store: Store, bases: BasisSet, rank: int, alpha: float, rho: float) -> tuple[Any, dict[str, Tensor]]:
-    """LoraConfig and weights of an adapter that leaves the base's outputs as they are at its start."""
+    """LoraConfig and weights of an adapter that leaves the base's outputs as they are at its start, or repairs them."""
     peft = require_peft()
     pairs = {}
     if bases.method["metric"] == "components":
@@ -131,9 +134,10 @@ def _lora(store: Store, bases: BasisSet, rank: int, alpha: float, rho: float) ->
     else:
         for layer, basis in bases.read(rank=rank).items():
             A, B = factors(basis, rank, alpha / rank)
-            pairs[layer] = torch.cat([A, A]), torch.cat([B, -B], dim=1)
-    config = peft.LoraConfig(target_modules=list(pairs), base_model_name_or_path=store.model["id"])
-    config.revision = store.model.get("revision")
+            pairs[layer] = (A, B) if bases.repair else (torch.cat([A, A]), torch.cat([B, -B], dim=1))
+    of = bases.repair if bases.repair and bases.repair["source"] == "checkpoint" else store.model
+    config = peft.LoraConfig(target_modules=list(pairs), base_model_name_or_path=of["id"])
+    config.revision = of.get("revision")
     if str(store.model.get("class", "")).endswith("ForCausalLM"):
         config.task_type = "CAUSAL_LM"
     describe(config, {layer: len(A) for layer, (A, _) in pairs.items()}, dict.fromkeys(pairs, alpha / rank))
@@ -152,6 +156,7 @@ def _own(value: Tensor) -> Tensor:
 def _safetensors(store: Store, bases: BasisSet) -> Callable[[dict[str, Tensor], Path], None]:
     """A writer of safetensors that says where the tensors come from."""
     origin = {"store": store.id, "model": store.model, "basis": bases.name, "hash": bases.hash, "method": bases.method}
+    origin |= {"repair": bases.repair} if bases.repair else {}
     metadata = {"format": "pt", "prep": json.dumps(origin)}
     return lambda tensors, path: save_file(tensors, path, metadata)
 

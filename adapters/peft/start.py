@@ -1,6 +1,7 @@
 """PEFT LoRA from stored bases: `W x = (W - s B A) x + s B A x`, at the start of training exactly the base model.
 
     residual inits   B = U diag(S/s)^(1/2), A = diag(S/s)^(1/2) P, s = lora_alpha / r; the base keeps W - s B A
+    repair           the same A and B of the error of a quantised base, which is left as it is: Q x + s B A x
     eva              A = components of the centred second moment, B = 0; the base is left as it is
     lora             PEFT's own start, on the same layers
 
@@ -23,14 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...commands import repair_name
+from ...copies import label_of
 from ...errors import PrepError, did_you_mean
 from ...files import readable
-from ...linear import is_plain, weight_matrix
+from ...linear import is_plain, kept_packed, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
 from ...store.ranks import as_pattern, choice
 from ..attach import find_layers, refuse_adapted
-from ..drift import by_hash, check_verify, check_weight
+from ..drift import by_hash, check_copy, check_verify, check_weight, tensors_of
 from . import eva
 from .lora import check_stored, describe, factors
 
@@ -42,6 +45,7 @@ INITS = {
     "whitened": "full",
     "asvd": "diagonal",
     "eva": "eva",
+    "repair": "repair-*",  # what the model calls its quantisation, such as repair-nf4
     "lora": "",
 }
 _FORMS = ("lora", "residual")
@@ -87,6 +91,8 @@ def get_model(
     _check_budget(r, init, lora_config)
     check_verify(verify)
     opened = store if isinstance(store, Store) else open_store(store)
+    if init == "repair" and basis is None:
+        basis = _repair_of(model)
     bases = None if init == "lora" else open_basis(opened, init, basis)
     if init == "eva":
         lora_config.setdefault("eva_config", peft.EvaConfig())
@@ -113,11 +119,18 @@ def get_model(
             adapted = adapt()
         _start_eva(adapted, adapter_name, A, autocast_adapter_dtype)
         return adapted
-    _check_residual(model, modules, init)
+    if init != "repair":
+        _check_residual(model, modules, init)
+    elif config.use_dora:
+        _check_dora(modules)
     read = bases.read(ranks, ranks)
     if verify:
         _check_weights(modules, bases, read, verify)
     adapted = adapt()
+    if init == "repair":
+        for layer in ranks:
+            _start_repair(adapted.get_submodule(f"base_model.model.{layer}"), adapter_name, read.pop(layer))
+        return adapted
     _start_residual(adapted, adapter_name, {layer: read.pop(layer) for layer in ranks}, init)
     return adapted
 
@@ -126,8 +139,8 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
     """Write an adapter directory that `PeftModel.from_pretrained` loads where prep is not installed.
 
     as_ "lora": for the original base, as plain LoRA of rank 2r, `A' = [A; A0]`, `B' = [B, -B0]` with the start A0, B0;
-    the scaling is kept per layer, DoRA magnitudes are kept. "residual": for the base in `path/base`, of rank r. An eva
-    or lora adapter is written as it is. PrepError if the model is not from `get_model` or is merged.
+    the scaling is kept per layer, DoRA magnitudes are kept. "residual": for the base in `path/base`, of rank r.
+    A repair, eva or lora adapter is written as it is. PrepError if the model is not from `get_model` or is merged.
     """
     if as_ not in _FORMS:
         raise PrepError(f"no form as_={as_!r}: choose from {', '.join(_FORMS)}")
@@ -135,6 +148,11 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
         raise PrepError("this is not a PEFT model: give the one that prep.peft.get_model returned")
     if Path(path).is_file():
         raise PrepError(f"{path} is a file: name a directory")
+    with kept_packed(model):
+        _save(model, path, as_)
+
+
+def _save(model: Any, path: str | Path, as_: str) -> None:
     start: Start | None = vars(model).get("_prep_start")
     if start is None:
         if as_ == "residual":
@@ -171,9 +189,19 @@ def save(model: Any, path: str | Path, as_: str = "lora") -> None:
 def open_basis(store: Store, init: str, basis: str | None = None) -> BasisSet:
     """The basis an init needs, or the one named instead. PrepError if that is of another sort."""
     bases = store.bases[basis or INITS[init]]
-    if (bases.method.get("metric") == "components") != (init == "eva"):
-        raise PrepError(f"basis {bases.name!r} does not serve init {init!r}: leave out basis= to take {INITS[init]!r}")
+    sort = "eva" if bases.method.get("metric") == "components" else "lora" if bases.repair is None else "repair"
+    if sort != (init if init in ("eva", "repair") else "lora"):
+        advice = "name one made with --repair" if init == "repair" else f"leave out basis= to take {INITS[init]!r}"
+        raise PrepError(f"basis {bases.name!r} does not serve init {init!r}: {advice}")
     return bases
+
+
+def _repair_of(model: nn.Module) -> str:
+    """The usual name of the basis that repairs a quantised model."""
+    label = label_of(model)
+    if label is None:
+        raise PrepError("the model does not say how it is quantised: name the basis that repairs it, basis=")
+    return repair_name(label, {"metric": "full"})
 
 
 def require_peft() -> Any:
@@ -255,19 +283,33 @@ def _check_residual(model: nn.Module, modules: Mapping[str, nn.Module], init: st
             kind = type(module.weight).__name__
             raise PrepError(
                 f"{layer} is quantised ({kind}) and cannot keep the residual of init {init!r}: quantise the base that "
-                "prep.peft.save(..., as_='residual') writes, or take init 'eva'"
+                "prep.peft.save(..., as_='residual') writes, or take init 'repair' or 'eva'"
             )
         shared = [name for name in users[id(module.weight)] if name != f"{layer}.weight"]
         if shared:
             raise PrepError(f"{layer} shares its weight with {shared[0]}: leave it out of target_modules")
 
 
+def _check_dora(modules: Mapping[str, nn.Module]) -> None:
+    """PrepError where PEFT takes other norms than the base layer's: bitsandbytes repacks weights on a CPU."""
+    for layer, module in modules.items():
+        kind = type(module.weight).__name__
+        if kind in ("Params4bit", "Int8Params") and tensors_of(module)[0].device.type == "cpu":
+            raise PrepError(
+                f"{layer} ({kind}) is on a CPU, where PEFT does not find the norms that use_dora needs: move the model "
+                "to a GPU, or leave out use_dora"
+            )
+
+
 def _check_weights(
     modules: Mapping[str, nn.Module], bases: BasisSet, read: Mapping[str, Basis], verify: bool | str
 ) -> None:
-    """PrepError if the basis was made from other weights than the modules'."""
+    """PrepError if the basis was made from, or repairs, other weights than the modules'."""
     identity = bases.method["metric"] != "components"
     for layer, module in modules.items():
+        if (known := bases.layers[layer].repaired) is not None:
+            check_copy(layer, module, known, verify)
+            continue
         U, S, P, record = read[layer].U, read[layer].S, read[layer].P, bases.layers[layer]
         made_from = record.weight_hash, record.weight_dtype
         check_weight(layer, module, U, S, P, made_from, identity, by_hash(module, verify))
@@ -295,6 +337,24 @@ def _start_residual(adapted: Any, adapter: str, read: dict[str, Basis], init: st
 @torch.no_grad()
 def _start_layer(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor]:
     """Set A, B and the base of one PEFT layer; a copy of A and B on the CPU."""
+    A, B, s = _set_factors(module, adapter, basis)
+    W = weight_matrix(module.get_base_layer())
+    wide = torch.promote_types(W.dtype, torch.float32)
+    with exact():
+        W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=-s))
+    _set_magnitude(module, adapter)
+    return A.detach().to("cpu", copy=True), B.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _start_repair(module: Any, adapter: str, basis: Basis) -> None:
+    """Set A and B of one PEFT layer, `s B A = U diag(S) P`; its base stays as it is."""
+    _set_factors(module, adapter, basis)
+    _set_magnitude(module, adapter)
+
+
+def _set_factors(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor, float]:
+    """A, B and the scaling of one PEFT layer, once A and B are those of its basis."""
     A, B, s = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
     for parameter, value in zip((A, B), factors(basis, len(A), s), strict=True):
         parameter.copy_(value)
@@ -303,15 +363,15 @@ def _start_layer(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tenso
                 f"the start has entries up to {float(value.abs().max()):.0e}, for which {parameter.dtype} has no room: "
                 "load the model again and leave autocast_adapter_dtype at True"
             )
-    base = module.get_base_layer()
-    W = weight_matrix(base)
-    wide = torch.promote_types(W.dtype, torch.float32)
-    with exact():
-        W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=-s))
-    if adapter in module.lora_magnitude_vector:  # DoRA: the norms of W, as the forward will compute them
+    return A, B, s
+
+
+def _set_magnitude(module: Any, adapter: str) -> None:
+    """Under DoRA: the norms of the adapted weight, as the forward will compute them."""
+    if adapter in module.lora_magnitude_vector:
+        A, B, s = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
         magnitude: Any = module.lora_magnitude_vector[adapter]
-        magnitude.update_layer(base_layer=base, lora_A=A, lora_B=B, scaling=s)
-    return A.detach().to("cpu", copy=True), B.detach().to("cpu", copy=True)
+        magnitude.update_layer(base_layer=module.get_base_layer(), lora_A=A, lora_B=B, scaling=s)
 
 
 def _save_base(base: nn.Module, path: Path) -> None:

@@ -55,28 +55,41 @@ def parts_of(stored: LayerMoment, whole: InputStatistics) -> Parts:
     return Parts(whole, a, rest(whole, a, half.share), half.share)
 
 
-def tells_output(moment: LayerMoment, components: bool) -> bool:
-    """Whether what a basis keeps follows from a moment; components: it is one of metric components (EVA)."""
-    return moment.kind == "full" or (moment.kind == "output" and not components)
+def of_error(moment: InputStatistics) -> InputStatistics:
+    """What a moment says of the error E = W - Q: that of the output of W says nothing of E's."""
+    if moment.output is None:
+        return moment
+    return InputStatistics("diagonal", diagonal=moment.diagonal, mean=moment.mean)
 
 
-def to_cross(layers: Mapping[str, LayerMoment], method: Method, count: int) -> frozenset[str]:
+def tells_output(moment: LayerMoment, full: bool) -> bool:
+    """Whether what a basis keeps follows from a moment; full: it is of metric components (EVA), or of an error."""
+    return moment.kind == "full" or (moment.kind == "output" and not full)
+
+
+def to_cross(layers: Mapping[str, LayerMoment], method: Method, count: int, repair: bool = False) -> frozenset[str]:
     """The layers, `count` of each kind (0: all), that are cross-fitted: those of which a half was kept.
 
-    None where directions were ordered by a sample of the tokens: it has no halves.
+    repair: the basis is one of an error. None where directions were ordered by a sample of the tokens: it has no
+    halves.
     """
     if method.pooling != "rms":
         return frozenset()
-    components = method.metric == "components"
-    known = [layer for layer, one in layers.items() if one.half is not None and tells_output(one, components)]
+    full = method.metric == "components" or repair
+    known = [layer for layer, one in layers.items() if one.half is not None and tells_output(one, full)]
     return frozenset(sampled(known, count))
 
 
-def to_note(layers: Mapping[str, LayerMoment], method: Method, sample: int | None) -> frozenset[str]:
-    """The layers that a decomposition cross-fits, `sample` of each kind; none where no token has a say in the basis."""
+def to_note(
+    layers: Mapping[str, LayerMoment], method: Method, sample: int | None, repair: bool = False
+) -> frozenset[str]:
+    """The layers that a decomposition cross-fits, `sample` of each kind; none where no token has a say in the basis.
+
+    repair: the basis is one of an error.
+    """
     if check(None, method) is None:
         return frozenset()
-    return to_cross(layers, method, SAMPLE if sample is None else sample)
+    return to_cross(layers, method, SAMPLE if sample is None else sample, repair)
 
 
 def sampled(layers: Iterable[str], count: int) -> list[str]:

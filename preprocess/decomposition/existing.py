@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ...copies import named
 from ...errors import StoreError
 from ...linear import weight_hash, weight_matrix
 from ...store import Bases, BasisSet, open_store
@@ -104,25 +105,32 @@ def is_made(request: Request) -> bool:
     assert request.store is not None
     if request.model_id is None:
         modules = dict(request.options.model.named_modules())  # type: ignore[union-attr]
-        return all(layer in modules and _is_of(basis, layer, modules[layer]) for layer in basis.layers)
+        return all(layer in modules and is_of(request, basis, layer, modules[layer]) for layer in basis.layers)
     if request.model_id != request.store.model["id"]:
         return False
     stamp = loading.checkpoint_stamp(request.model_id, None)
-    return stamp is not None and stamp == (request.store.attrs.get("run") or {}).get("files")
+    if stamp is None or stamp != (request.store.attrs.get("run") or {}).get("files"):
+        return False
+    return request.repair is None or request.repair.is_unchanged(basis.repair or {}, basis.layers)
 
 
 def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, nn.Module]) -> None:
-    """StoreError if a complete basis was made from other weights than the modules have."""
+    """StoreError if a complete basis was made from other weights than the modules, or the copy it repairs, have."""
     for layer in basis.layers:
-        if layer not in modules or not _is_of(basis, layer, modules[layer]):
+        if layer not in modules or not is_of(request, basis, layer, modules[layer]):
+            what = "the model has" if request.repair is None else "the model and its copy have"
             raise StoreError(
-                f"basis {request.name!r} was made from other weights of {layer} than the model has now: "
+                f"basis {request.name!r} was made from other weights of {layer} than {what} now: "
                 "give this one another --name, or replace it with --overwrite"
             )
 
 
-def _is_of(basis: BasisSet, layer: str, module: nn.Module) -> bool:
-    return basis.layers[layer].weight_hash == weight_hash(weight_matrix(module))
+def is_of(request: Request, basis: BasisSet, layer: str, module: nn.Module) -> bool:
+    """Whether a layer is in the basis, made from the module's weight and from that of the copy it repairs."""
+    record = basis.layers.get(layer)
+    if record is None or record.weight_hash != weight_hash(weight_matrix(module)):
+        return False
+    return request.repair is None or request.repair.is_known(layer, record.repaired)
 
 
 def _differences(request: Request, basis: BasisSet) -> list[str]:
@@ -131,8 +139,11 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
         of_basis, asked = basis.model.get("config_hash"), loading.model_hash(request.options.model)  # type: ignore[arg-type]
     else:
         of_basis, asked = basis.model.get("id"), request.model_id
+    repair = None if request.repair is None else request.repair.said
     have: dict[str, Any] = {"pooling": "rms", **basis.method, "dtype": basis.dtype, "model": of_basis}
+    have["repair"] = named(basis.repair)
     wanted: dict[str, Any] = {**asdict(request.method), "dtype": request.options.dtype, "model": asked}
+    wanted["repair"] = named(repair)
     return [
         f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
     ] + _fewer_crossed(request, basis)
@@ -141,7 +152,7 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
 def _fewer_crossed(request: Request, basis: BasisSet) -> list[str]:
     """Where --sample asks for more layers of a kind than were cross-fitted, or for all without an array of them."""
     layers, count = request.layers or {}, request.options.sample
-    asked = to_note(layers, request.method, count) if count is not None else frozenset()
+    asked = to_note(layers, request.method, count, request.repair is not None) if count is not None else frozenset()
     there = [layer for layer, record in basis.layers.items() if record.crossed is not None]
     more = Counter(map(pattern, asked)) - Counter(map(pattern, there)) if basis.status == "complete" else None
     no_place = asked == set(layers) and not all("unseen" in basis.arrays(shape) for shape in basis.shapes)

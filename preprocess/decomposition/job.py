@@ -102,7 +102,8 @@ class Decomposition:
         wanted = share_of(wanted, moments, self._modules, self._world)
         methods = {name: target.request.method for name, target in self._open.items()}
         scored = [name for name, target in self._open.items() if target.writer.shares]
-        jobs = Jobs(methods, wanted, scored, {name: target.crossed() for name, target in self._open.items()})
+        crossed = {name: target.crossed() for name, target in self._open.items()}
+        jobs = Jobs(methods, wanted, scored, crossed, self._requests[0].repair)
         for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
             yield name, self._open[name].put(done)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...commands import repair_name
 from ...errors import PrepError, StoreError
 from ...linear import layer_shape, weight_hash, weight_matrix
 from ...store import LayerMoment, Moments, Store, open_store
@@ -18,6 +19,7 @@ from ...store.staging import interrupted, occupied
 from ..hub import absolute_if_local
 from ..model import loading
 from ..model.experts import expert_layers
+from ..model.quantised import Copy
 from ..model.sites import target_layers
 from ..numerics.methods import Method, basis_name, check, check_tokens, method_for
 from ..options import DecomposeOptions
@@ -27,7 +29,7 @@ from ..options import DecomposeOptions
 class Request:
     """store: None where none is there and none is needed; layers: those that have moments, None where there are none.
 
-    model_id: path or hub id of the model to load, None for a module.
+    model_id: path or hub id of the model to load, None for a module. repair: the copy whose error is decomposed.
     """
 
     options: DecomposeOptions
@@ -36,6 +38,7 @@ class Request:
     store: Store | None
     layers: dict[str, LayerMoment] | None
     model_id: str | None
+    repair: Copy | None = None
 
     @property
     def moments(self) -> Moments | None:
@@ -60,26 +63,33 @@ def open_requests(options: DecomposeOptions) -> list[Request]:
 
     PrepError or StoreError where it cannot.
     """
-    methods = {_name(options, method): method for method in _methods(options)}
+    repair = None if options.repair is None else Copy(options.repair, options.trust_remote_code)
+    methods = {_name(options, method, repair): method for method in _methods(options)}
     store = _open(options, list(methods.values()))
-    layers = _checked_layers(store, list(methods.values())) if store is not None else None
+    layers = _checked_layers(store, list(methods.values()), repair) if store is not None else None
     model_id = None if isinstance(options.model, nn.Module) else calibrated_id(options.model, store)
-    return [Request(options, method, name, store, layers, model_id) for name, method in methods.items()]
+    return [Request(options, method, name, store, layers, model_id, repair) for name, method in methods.items()]
 
 
-def basis_names(options: DecomposeOptions) -> list[str]:
+def basis_names(options: DecomposeOptions, repair: Copy | None) -> list[str]:
     """The name of the basis of every method that was asked for."""
-    return [_name(options, method) for method in _methods(options)]
+    return [_name(options, method, repair) for method in _methods(options)]
 
 
 def _methods(options: DecomposeOptions) -> list[Method]:
     asked = ("metric", "power", "damping", "epsilon", "center", "rank", "select", "pooling", "solver")
     given = {name: getattr(options, name) for name in asked}
-    return [method_for(published, **given) for published in options.methods]
+    methods = [method_for(published, **given) for published in options.methods]
+    for method in methods if options.repair is not None else ():
+        if method.metric == "components" or method.select != "top":
+            said = "EVA's components" if method.metric == "components" else f"select {method.select}"
+            raise PrepError(f"--repair takes the top of the error, not {said}: leave out --for and --select")
+    return methods
 
 
-def _name(options: DecomposeOptions, method: Method) -> str:
-    name = options.name or basis_name(method)
+def _name(options: DecomposeOptions, method: Method, repair: Copy | None) -> str:
+    usual = basis_name(method) if repair is None else repair_name(repair.said["name"], asdict(method))
+    name = options.name or usual
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "zarr.json":
         raise PrepError(f"--name {name!r} cannot name a basis: use letters, digits, dots and dashes")
     return check_writable_name(name, "basis")
@@ -110,6 +120,8 @@ def load_layers(requests: Sequence[Request]) -> tuple[nn.Module, dict[str, nn.Mo
             raise PrepError(f"{layer}: {error}") from error
         if not finite:
             raise PrepError(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
+    if request.repair is not None:
+        request.repair.check(modules)
     return net, modules
 
 
@@ -143,7 +155,9 @@ def _open(options: DecomposeOptions, methods: Sequence[Method]) -> Store | None:
     return open_store(location)
 
 
-def _checked_layers(store: Store, methods: Sequence[Method]) -> dict[str, LayerMoment] | None:
+def _checked_layers(
+    store: Store, methods: Sequence[Method], repair: Copy | None = None
+) -> dict[str, LayerMoment] | None:
     """The layers to decompose with their moments, after checking that these can serve all methods."""
     if store.corpus is None:
         reason = next(filter(None, (check(None, method) for method in methods)), None)
@@ -155,7 +169,13 @@ def _checked_layers(store: Store, methods: Sequence[Method]) -> dict[str, LayerM
     for site in moments.sites.values():
         for layer in site:
             layers[layer] = moments[layer]
-            reason = next(filter(None, (check(layers[layer].kind, method) for method in methods)), None)
+            kind = layers[layer].kind
+            reason = next(filter(None, (check(kind, method) for method in methods)), None)
+            if repair is not None and kind == "output" and any(method.metric == "full" for method in methods):
+                reason = (
+                    "the moment of its output tells W C W^T, not E C E^T: take --metric diagonal, or run "
+                    "`prep covariance --moment full`"
+                )
             if reason:
                 raise StoreError(f"{layer}: {reason} into another --store, or with --overwrite")
             sampled = layers[layer].sampled > 0

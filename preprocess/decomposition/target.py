@@ -11,7 +11,7 @@ import zarr
 from torch import Tensor, nn
 
 from ...errors import PrepError
-from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ...linear import dtype_name, layer_shape, weight_hash
 from ...store import BasisWriter, LayerRecord, open_store
 from ...store.bases import LayerDone
 from ...store.format.schema import DTYPES
@@ -21,7 +21,7 @@ from ..numerics.whitening import WhitenedSVD, spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import say
 from .crossing import tells_output, to_note
-from .existing import check_same_weights, made_already, problem_of, same_basis
+from .existing import check_same_weights, is_of, made_already, problem_of, same_basis
 from .request import Request
 from .workers import Decomposed
 
@@ -57,10 +57,7 @@ class Target:
             say(made_already(request), quiet)
             return None
         say(f"basis {self.name!r}: resumed after {len(basis.layers)} of {len(basis.expected)} layers", quiet)
-        hashes = {layer: record.weight_hash for layer, record in basis.layers.items()}
-        return [
-            layer for layer, module in self._modules.items() if hashes.get(layer) != weight_hash(weight_matrix(module))
-        ]
+        return [layer for layer, module in self._modules.items() if not is_of(request, basis, layer, module)]
 
     def open(self, root: zarr.Group) -> BasisWriter:
         """The writer of what was begun."""
@@ -70,14 +67,15 @@ class Target:
     def crossed(self) -> frozenset[str]:
         """The layers whose record says what bases of the two parts of their tokens lose."""
         count = 0 if "unseen" in self.writer.shares else self.request.options.sample
-        return to_note(self.request.layers or {}, self.request.method, count)
+        return to_note(self.request.layers or {}, self.request.method, count, self.request.repair is not None)
 
     def _told(self) -> list[str]:
         """What is stored of every direction: `kept` where all moments tell it, `unseen` where all are cross-fitted."""
-        layers, method = self.request.layers or {}, self.request.method
-        if not layers or not all(tells_output(one, method.metric == "components") for one in layers.values()):
+        layers, method, repairs = self.request.layers or {}, self.request.method, self.request.repair is not None
+        full = method.metric == "components" or repairs
+        if not layers or not all(tells_output(one, full) for one in layers.values()):
             return []
-        everywhere = to_note(layers, method, self.request.options.sample) == set(layers)
+        everywhere = to_note(layers, method, self.request.options.sample, repairs) == set(layers)
         return ["kept", "unseen"] if everywhere else ["kept"]
 
     def put(self, done: Decomposed) -> LayerDone:
@@ -85,7 +83,7 @@ class Target:
         result, shape = done.result, self._shapes[done.layer]
         group = self._groups[shape]
         record = record_of(result, shape, group["layers"].index(done.layer), done.W)
-        record = replace(record, crossed=done.crossed)
+        record = replace(record, crossed=done.crossed, repaired=done.repaired)
         shares = {role: torch.from_numpy(values) for role, values in done.shares.items()}
         U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
         check_storable(done.layer, P, self.request.options.dtype)
@@ -100,6 +98,7 @@ class Target:
             dtype=request.options.dtype,
             model=loading.describe(self._net, request.model_id, request.revision),
             groups=self._groups,
+            repair=None if request.repair is None else request.repair.said,
         )
 
 

@@ -21,24 +21,27 @@ from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store import Moments
 from ..memory import free_memory
+from ..model.quantised import Copy
 from ..numerics.evaluation import output_energy, own_energy
 from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
-from .crossing import Parts, cross, noted, parts_of, statistics_of
+from .crossing import Parts, cross, noted, of_error, parts_of, statistics_of
 
 
 @dataclass(frozen=True)
 class Jobs:
     """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
     for; scored: names of the bases whose directions are scored, which the moments of all layers allow; crossed: name ->
-    layers that are cross-fitted, whose moments have a half.
+    layers that are cross-fitted, whose moments have a half; repair: the copy Q whose error W - Q is decomposed in place
+    of W.
     """
 
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
     scored: Collection[str]
     crossed: Mapping[str, Collection[str]]
+    repair: Copy | None = None
 
     def sampled(self, layers: Iterable[str]) -> bool:
         """Whether any basis of the layers is made with the sample of their tokens."""
@@ -54,7 +57,7 @@ class Decomposed:
     """A layer with its weight W (d_out, d_in).
 
     crossed: its errors between the parts of its tokens, if looked at. shares: `kept` and `unseen` of its directions
-    (r,), as far as they were looked at.
+    (r,), as far as they were looked at. repaired: what is known of the copy whose error was decomposed in place of W.
     """
 
     layer: str
@@ -62,6 +65,7 @@ class Decomposed:
     result: WhitenedSVD
     crossed: dict[str, Any] | None
     shares: dict[str, np.ndarray]
+    repaired: dict[str, Any] | None
 
 
 def decomposed(
@@ -143,7 +147,7 @@ def _decompose_site(
         if shared is not None and shared.kind == "output":  # of one layer only
             shared = parts = None
         W = weight_matrix(modules[layer])
-        dense = W.to("cpu", torch.float64).numpy()
+        dense, repaired = matrix_of(layer, W, jobs.repair)
         total: Callable[[], float] | None = None
         for name in jobs.wanted[layer]:
             method, said, shares = jobs.methods[name], None, {}
@@ -151,6 +155,7 @@ def _decompose_site(
             needed = moments is not None and check(None, method) is not None
             if shared is None and (needed or crosses or name in jobs.scored):
                 shared = statistics_of(moments[layer], jobs.sampled(layers))  # type: ignore[index]
+                shared = shared if jobs.repair is None else of_error(shared)
             try:
                 result = whitened_svd(dense, shared if needed else None, method)
                 if shared is not None and (crosses or name in jobs.scored):
@@ -163,5 +168,10 @@ def _decompose_site(
                         said, shares["unseen"] = noted(found, energy), found.kept
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
-            results.append((name, Decomposed(layer, W, result, said, shares)))
+            results.append((name, Decomposed(layer, W, result, said, shares, repaired)))
     return results
+
+
+def matrix_of(layer: str, W: Tensor, repair: Copy | None) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """What is decomposed, float64: W (d_out, d_in), or the error W - Q of a copy with what its record says of Q."""
+    return (W.to("cpu", torch.float64).numpy(), None) if repair is None else repair.error(layer, W)

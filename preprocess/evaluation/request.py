@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from ...copies import named
 from ...errors import PrepError, StoreError
 from ...linear import weight_hash, weight_matrix
 from ...store import BasisSet, LayerMoment, Moments, Store, open_store
 from ...store.excess import at_rank, doubled
 from ..decomposition.crossing import SAMPLE, tells_output, to_cross
 from ..decomposition.request import Request, calibrated_id, load_layers
+from ..model.quantised import Copy
 from ..numerics.methods import Method
 from ..options import DecomposeOptions, check_sample
 
@@ -24,6 +26,7 @@ class Evaluation:
     """moments: of the tokens that are scored on; modules: of the layers.
 
     noted: what the records of a basis say of cross-fitted layers, by basis; crossed: those to be cross-fitted anew.
+    copies: what the bases of errors repair, by basis.
     """
 
     moments: Moments
@@ -32,6 +35,7 @@ class Evaluation:
     modules: dict[str, nn.Module]
     noted: dict[str, dict[str, dict[str, Any]]]
     crossed: dict[str, frozenset[str]]
+    copies: dict[str, Copy]
 
 
 def open_evaluation(
@@ -50,6 +54,7 @@ def open_evaluation(
     if not names:
         raise StoreError(f"{store} holds no basis: run `prep decompose` first")
     sets = {name: found.bases[name] for name in names}
+    copies = _copies(sets, trust_remote_code)
     wanted = _ranks(ranks, sets)
     if sample is not None:
         check_sample(sample)
@@ -69,12 +74,18 @@ def open_evaluation(
                 raise PrepError(
                     f"basis {name!r} was made from other weights of {layer} than the model has: give its --model"
                 )
+    for name, copy in copies.items():
+        copy.check({layer: module for layer, module in modules.items() if layer in sets[name]})
     if on is not None:
-        return Evaluation(moments, sets, wanted, modules, {}, {})
+        return Evaluation(moments, sets, wanted, modules, {}, {}, copies)
     noted = {name: _noted(basis, wanted) if sample is None else {} for name, basis in sets.items()}
     count = SAMPLE if sample is None else sample
-    crossed = {name: to_cross(layers, method_of(sets[name]), count) for name, known in noted.items() if not known}
-    return Evaluation(moments, sets, wanted, modules, noted, crossed)
+    crossed = {
+        name: to_cross(layers, method_of(sets[name]), count, name in copies)
+        for name, known in noted.items()
+        if not known
+    }
+    return Evaluation(moments, sets, wanted, modules, noted, crossed, copies)
 
 
 def method_of(basis: BasisSet, rank: int | None = None) -> Method:
@@ -82,6 +93,26 @@ def method_of(basis: BasisSet, rank: int | None = None) -> Method:
     known = {one.name for one in fields(Method)}
     method = Method(**{name: value for name, value in basis.method.items() if name in known})
     return method if rank is None else replace(method, rank=rank)
+
+
+def _copies(bases: dict[str, BasisSet], trust_remote_code: bool) -> dict[str, Copy]:
+    """The copies that bases repair, of which those of modules cannot be had again; each opened once."""
+    opened: dict[str | None, Copy] = {}
+    copies = {}
+    for name, basis in bases.items():
+        if basis.repair is None:
+            continue
+        if basis.repair["source"] == "module":
+            others = [other for other in bases if (bases[other].repair or {}).get("source") != "module"]
+            raise PrepError(
+                f"basis {name!r} repairs a module, which is not in the store, so that its error cannot be scored: "
+                + (f"name others with --basis, such as {others[0]}" if others else "repair a checkpoint or a recipe")
+            )
+        what = named(basis.repair)
+        if what not in opened:
+            opened[what] = Copy(basis.repair.get("id", basis.repair["name"]), trust_remote_code)
+        copies[name] = opened[what]
+    return copies
 
 
 def _noted(basis: BasisSet, ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -123,10 +154,10 @@ def _same_model(store: Store, other: Store) -> Store:
 def _check_kind(layer: str, moment: LayerMoment, bases: Iterable[BasisSet]) -> None:
     """StoreError where the moments of a layer do not tell what a basis keeps of it."""
     for basis in bases:
-        components = basis.method["metric"] == "components"
-        if layer in basis and not tells_output(moment, components):
+        full = basis.method["metric"] == "components" or basis.repair is not None
+        if layer in basis and not tells_output(moment, full):
             what, kinds = "which does not tell its output", "full` or `--moment output"
-            if components:
+            if full:
                 what, kinds = f"basis {basis.name!r} is scored on the full second moment", "full"
             raise StoreError(
                 f"{layer} has the moment kind {moment.kind}, {what}: calibrate with `prep covariance --moment {kinds}`"

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from ...errors import PrepError
 from ...linear import layer_shape, weight_matrix
 from ...store.basis import Basis
 from ..decomposition.crossing import Parts, cross, parts_of, statistics_of
-from ..decomposition.workers import cost
+from ..decomposition.workers import cost, matrix_of
 from ..memory import free_memory
+from ..model.quantised import Copy
 from ..numerics.evaluation import (
     Energy,
     input_variance,
@@ -79,20 +81,26 @@ class Scoring:
     def _layer(self, layer: str, whole: InputStatistics, parts: Parts | None) -> Iterator[Score]:
         """The scores of one layer in every basis that holds it."""
         asked, rank = self.asked, max(self.asked.ranks)
-        W = weight_matrix(asked.modules[layer]).to("cpu").double().numpy()
-        total: float | None = None
+        W = weight_matrix(asked.modules[layer])
+        matrices: dict[Copy | None, tuple[np.ndarray, Any]] = {}  # W itself, and the error of each copy
+        totals: dict[Copy | None, float] = {}
         for name, basis in asked.bases.items():
             if layer not in basis:
                 continue
-            stored = basis.read([layer], rank)[layer]
+            stored, copy = basis.read([layer], rank)[layer], asked.copies.get(name)
+            if copy not in matrices:
+                matrices[copy] = matrix_of(layer, W, copy)
+            matrix, known = matrices[copy]
+            if known is not None and known["hash"] != (stored.record.repaired or {}).get("hash"):
+                raise PrepError(f"the copy that basis {name!r} repairs has another weight by now: decompose it anew")
             if basis.method["metric"] == "components":
                 energy = Energy(input_variance(whole), kept_variance(_array(stored.P), whole))
             else:
-                total = output_energy(W, whole) if total is None else total
-                energy = Energy(total, _kept(stored, whole))
+                totals[copy] = totals[copy] if copy in totals else output_energy(matrix, whole)
+                energy = Energy(totals[copy], _kept(stored, whole))
             found = asked.noted.get(name, {}).get(layer)
             if parts is not None and layer in asked.crossed.get(name, ()):
-                found = cross(W, parts, method_of(basis, rank)).shares(asked.ranks, energy)
+                found = cross(matrix, parts, method_of(basis, rank)).shares(asked.ranks, energy)
             yield Score(layer, name, energy, found)
 
     def _work(self, layers: Sequence[str]) -> int:

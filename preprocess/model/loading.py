@@ -25,6 +25,7 @@ from .placement import computes_on_cpu, partition, placement
 from .sites import block_index
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEQUANTISE = ("compressed-tensors", "fp8", "mxfp4")  # methods of which transformers takes `dequantize`
 
 
 def load_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -53,18 +54,23 @@ def load_model(
     device_map: str | Mapping[str, int | str] | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
+    dequantised: bool = False,
 ) -> nn.Module:
     """The model in evaluation mode, as the class its configuration names, from safetensors only.
 
     dtype "auto": the checkpoint's on an accelerator, float32 on a CPU, where half precision is slow and less exact.
     device_map, max_memory: see placement.py. Weights that go to disk stay in the checkpoint; those that it holds in
-    another form are written to a folder in TMPDIR, which goes with the model or the process.
+    another form are written to a folder in TMPDIR, which goes with the model or the process. dequantised: weights that
+    transformers can dequantise while it loads them are.
     PrepError if it cannot be loaded, or the checkpoint lacks weights of the blocks, which would be random.
     """
     import transformers
 
     devices, memory = placement(device, device_map, max_memory)
     config = load_config(model, revision, trust_remote_code)
+    packed = getattr(config, "quantization_config", None)
+    if dequantised and isinstance(packed, dict) and packed.get("quant_method") in _DEQUANTISE:
+        packed["dequantize"] = True
     torch_dtype = DTYPES.get(dtype, torch.float32 if _on_cpu(device or "cpu", devices, memory) else "auto")
     names = getattr(config, "architectures", None) or []
     auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)

@@ -55,6 +55,9 @@ SITE = {
     "half?": {"count": int, "share": float},
     "sample?": int,
 }
+REPAIRED = {"hash": Word, "dtype": Word, "probes": [float], "error": float}
+_COPY = {"source": ("recipe", "checkpoint", "module"), "name": Word, "id?": Word, "revision?": (Word, NULL)}
+_COPY |= {"files?": (str, NULL), "config?": (NULL, dict)}
 BASIS = {
     "status": ("complete", "incomplete"),
     "method": {
@@ -70,6 +73,7 @@ BASIS = {
     },
     "dtype": ("float64", "float32", "float16", "bfloat16"),
     "model": _MODEL,
+    "repair?": _COPY,
     "groups": {str: {"layers": list, "rank": int, "spectrum": int, "shares?": [("kept", "unseen")]}},
     "layers": {
         str: {
@@ -87,6 +91,7 @@ BASIS = {
             "checksums?": str,
             "shares?": str,
             "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
+            "repaired?": (NULL, REPAIRED),
         }
     },
     "hash?": str,

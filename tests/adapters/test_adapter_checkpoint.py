@@ -189,7 +189,7 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header, tensors: header.update(format_version=2), "format version 2"),
+        (lambda header, tensors: header.update(format_version=3), "format version 3"),
         (lambda header, tensors: header.pop("format_version"), "format_version"),
         (lambda header, tensors: header["core"]["options"].update(k=3), "altered"),
         (lambda header, tensors: header["layers"].popitem(), "altered"),

@@ -34,7 +34,7 @@ def place(tmp_path_factory):
         model = tiny.llama()
         prep.attach(model, path / "prep.zarr", core=core, rank=8)
         prep.save(model, path / f"{name}.safetensors", embed_basis=bool(embed))
-    rewritten(path, "newer", lambda header, tensors: header.update(format_version=2))
+    rewritten(path, "newer", lambda header, tensors: header.update(format_version=3))
     rewritten(path, "headless", lambda header, tensors: header.pop("format_version"))
     rewritten(path, "altered", lambda header, tensors: tensors.update(extra=torch.ones(1)))
     whole = (path / "gain.safetensors").read_bytes()
@@ -274,7 +274,7 @@ SAVED = {
     ),
     "a file of a newer version": (
         load("newer"),
-        "newer.safetensors has the format version 2, this prep-bases reads up to 1: upgrade prep-bases",
+        "newer.safetensors has the format version 3, this prep-bases reads up to 2: upgrade prep-bases",
     ),
     "a file without its version": (
         load("headless"),
@@ -378,8 +378,8 @@ def without_peft():
 PEFT = {
     "a misspelled init": (
         start("pisa"),
-        "no init 'pisa': choose from pissa, milora, corda_ipm, corda_kpm, whitened, asvd, eva, lora "
-        "(did you mean 'pissa'?)",
+        "no init 'pisa': choose from pissa, milora, corda_ipm, corda_kpm, whitened, asvd, eva, repair, "
+        "lora (did you mean 'pissa'?)",
     ),
     "a rank above the stored one": (
         start(r=17),
@@ -491,7 +491,8 @@ PEFT = {
     "a quantised base": (
         start("pissa", net=packed),
         "model.layers.1.mlp.up_proj is quantised (Int8Params) and cannot keep the residual of init 'pissa': "
-        "quantise the base that prep.peft.save(..., as_='residual') writes, or take init 'eva'",
+        "quantise the base that prep.peft.save(..., as_='residual') writes, or take init 'repair' or "
+        "'eva'",
     ),
     "no PEFT": (without_peft, 'PEFT is not installed: pip install "prep-bases[peft]"'),
     "save in no form that there is": (

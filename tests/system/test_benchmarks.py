@@ -111,6 +111,18 @@ def test_peft_startup(run, made):
     assert "there PEFT is" in printed
 
 
+def test_repair(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    given = tiny.sources(tmp_path, tiny.wide(), sentences=120)
+    files = ["--train", given.data, "--test", given.data, "--template", "{text}", "--work", tmp_path / "work"]
+    sizes = ["--sequences", 30, "--seq-len", 16, "--ranks", 2, 4, "--rows", 3, "--blocks", ".1.", "--steps", 5]
+    printed = run("repair", "--model", given.model, *files, *sizes, "--recipes", "nf4", "int3")
+    assert "480 tokens of" in printed
+    assert "of 56 cases: whitened > diagonal in 0, diagonal > plain SVD in" in printed
+    assert "\n7 layers, sqrtm: " in printed
+    assert "\nLoftQ " in printed
+
+
 def test_gpu(run, tmp_path):
     report = tmp_path / "gpu.json"
     sizes = ["--shrink", 128, "--rounds", 1, "--blocks", 1, "--seq-len", 16]

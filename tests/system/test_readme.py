@@ -1,4 +1,4 @@
-"""README.md, docs/peft.md and docs/adapters.md do what they say: every block runs, in order, on a tiny model."""
+"""README.md and the pages on training do what they say: every block runs, in order, on a tiny model."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from prep.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/peft.md", "docs/adapters.md")
+PAGES = ("README.md", "docs/peft.md", "docs/adapters.md", "docs/quantised.md")
 BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 INSTALLS = ("python3 -m venv", ".venv/bin/pip install")  # from the network; the wheel is built in test_packaging.py
 STEPS = 2  # of any training that a page leaves to the reader
@@ -39,7 +39,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PREP_STORE", raising=False)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    model = tiny.save(tiny.llama(), tmp_path / "tiny")
+    model = tiny.save(tiny.wide(), tmp_path / "tiny")
     halves = zip(tiny.texts(80), tiny.texts(80, seed=1), strict=True)
     rows = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in halves]
     (tmp_path / "gsm8k_train.jsonl").write_text("".join(rows))
