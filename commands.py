@@ -70,18 +70,18 @@ def decompose_command(
 ) -> str:
     """The shortest command for a basis of that name: by its method or, without one, by what a default name says.
 
-    repair: what a basis says of the quantised copy that it repairs.
+    repair: what a basis says of the quantised copy that it repairs; of a module's basis it is a call in Python.
     """
     if method is None:
         method, repair = _said_by(name), repair or _repair_said_by(name)
     usual = "" if method is None else default_name(method) if repair is None else repair_name(repair["name"], method)
     if repair is not None and repair["source"] == "module":
-        given = {} if method is None else {key: method.get(key, plain) for key, plain in _DEFAULTS.items()}
-        words = [f"{key}={value!r}" for key, value in given.items() if value != _DEFAULTS[key]]
-        words += [] if usual == name else [f"name={name!r}"]
-        words += [] if rank is None else [f"rank={rank}"]
-        words += ["overwrite=True"] if overwrite else []
-        return f"`{', '.join([f'prep.decompose({str(store)!r}', 'repair=module', *words])})`"
+        options = {key: value for key, value in (method or {}).items() if value != _DEFAULTS.get(key, value)}
+        options |= {} if usual == name else {"name": name}
+        options |= {} if rank is None else {"rank": rank}
+        options |= {"overwrite": True} if overwrite else {}
+        said = "".join(f", {key}={value!r}" for key, value in options.items())
+        return f"`prep.decompose({str(store)!r}, repair=module{said})`"
     words = ["prep", "decompose"]
     if repair is not None:
         words += ["--repair", shlex.quote(repair["id"] if repair["source"] == "checkpoint" else repair["name"])]

@@ -92,5 +92,5 @@ def named(repair: Mapping[str, Any] | None) -> str | None:
     if repair is None or repair["source"] == "recipe":
         return None if repair is None else str(repair["name"])
     if repair["source"] == "module":
-        return f"a module ({repair['name']})"
+        return "a module" if repair["name"] == "module" else f"a module ({repair['name']})"
     return f"{repair['id']}@{repair['revision']}" if repair.get("revision") else str(repair["id"])

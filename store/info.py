@@ -149,7 +149,11 @@ def table(facts: dict[str, Any]) -> list[str]:
     bases = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     if bases:
         lines += ["", *aligned(basis_rows(bases))]
-        lines += [f"{name} repairs {one['repairs']}" for name, one in bases.items() if one["repairs"] is not None]
+        lines += [
+            f"{name} repairs {one['repairs']}"
+            for name, one in bases.items()
+            if one["repairs"] is not None and not name.startswith(f"repair-{one['repairs']}")
+        ]
         lines += [facts["advice"]] if facts["advice"] else []
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]

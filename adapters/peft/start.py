@@ -293,7 +293,7 @@ def _check_residual(model: nn.Module, modules: Mapping[str, nn.Module], init: st
 def _check_dora(modules: Mapping[str, nn.Module]) -> None:
     """PrepError where PEFT takes other norms than the base layer's: bitsandbytes repacks weights on a CPU."""
     for layer, module in modules.items():
-        kind = type(module.weight).__name__
+        kind = type(getattr(module, "weight", None)).__name__
         if kind in ("Params4bit", "Int8Params") and tensors_of(module)[0].device.type == "cpu":
             raise PrepError(
                 f"{layer} ({kind}) is on a CPU, where PEFT does not find the norms that use_dora needs: move the model "

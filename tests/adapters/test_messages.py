@@ -44,6 +44,9 @@ def place(tmp_path_factory):
     prep.covariance(given.model, given.data, store=path / "start.zarr", **tiny.RUN)
     for init in ("pissa", "whitened", "corda_ipm", "eva"):
         prep.decompose(path / "start.zarr", for_=init, rank=16, quiet=True)
+    prep.decompose(
+        path / "copies.zarr", repair="int4", metric="identity", name="repair-int4", rank=4, model=given.model
+    )
     (path / "there.safetensors").write_text("mine")
     return path
 
@@ -480,6 +483,24 @@ PEFT = {
         "model.layers.1.mlp.gate_proj shares its weight with model.layers.1.mlp.up_proj.weight: leave it out of "
         "target_modules",
     ),
+    "a basis of the weights for a repair": (
+        start("repair", basis="full"),
+        "basis 'full' does not serve init 'repair': name one made with --repair",
+    ),
+    "a repair for the weights": (
+        start("pissa", store="copies.zarr", basis="repair-int4"),
+        "basis 'repair-int4' does not serve init 'pissa': leave out basis= to take 'identity'",
+    ),
+    "a repair of a base that is not quantised": (
+        start("repair", store="copies.zarr"),
+        "the model does not say how it is quantised: name the basis that repairs it, basis=",
+    ),
+    "a repair of another base": (
+        start("repair", store="copies.zarr", basis="repair-int4", r=4),
+        "model.layers.0.self_attn.q_proj has another quantised weight than its basis repairs (they differ by ...% of "
+        "that weight's error): give the base that was decomposed with --repair, decompose this one, or pass "
+        "verify=False",
+    ),
     "a model with PEFT adapters": (
         start(net=lambda: started("lora")),
         "the model has PEFT adapters already: give the base model",
@@ -555,6 +576,10 @@ EXPORT = {
     "a directory that is there": (
         export("safetensors", "bare", basis="full", overwrite=True),
         "bare is there already: name another path, or replace a safetensors with --overwrite",
+    ),
+    "a repair for CorDA": (
+        export("peft-corda", store="copies.zarr", rank=4, basis="repair-int4"),
+        "basis 'repair-int4' repairs a quantised model and does not serve --to peft-corda: take peft-lora",
     ),
     "no moments": (
         export("peft-corda-covariance", store="prep.zarr"),

@@ -592,6 +592,42 @@ DECOMPOSE = {
         "whitened has the center False, not True: leave out --center, or leave out --for and give --metric, "
         "--power and --select",
     ),
+    "a repair of an output": (
+        decompose("output", repair="int4"),
+        "model.layers.0.self_attn.q_proj: the moment of its output tells W C W^T, not E C E^T: take --metric diagonal, "
+        "or run `prep covariance --moment full` into another --store, or with --overwrite",
+    ),
+    "a repair by components": (
+        decompose(repair="int4", for_="eva"),
+        "--repair takes the top of the error, not EVA's components: leave out --for and --select",
+    ),
+    "a repair from the bottom": (
+        decompose(repair="int4", select="bottom"),
+        "--repair takes the top of the error, not select bottom: leave out --for and --select",
+    ),
+    "no such recipe": (
+        decompose(repair="itn4"),
+        "--repair 'itn4' is no recipe (nf4, fp4, int8, int4, int3, int2, int4-g128 ...) and no directory here (did you "
+        "mean 'int4'?): give one of them, or the path or hub id of a quantised model",
+    ),
+    "no such copy": (
+        decompose(repair="./nowhere"),
+        "no model at ./nowhere: give a directory with config.json or a hub id",
+    ),
+    "a copy of another model": (
+        decompose(repair="gpt2"),
+        "the quantised copy has no linear layer model.layers.0.self_attn.q_proj of 32 x 32: give --repair a copy of "
+        "the model that is decomposed",
+    ),
+    "a copy that is not finite": (
+        decompose(repair="infinite"),
+        "model.layers.1.self_attn.o_proj: the quantised weight holds NaN or Inf: check the copy given to --repair",
+    ),
+    "a basis of the weights by the name of a repair": (
+        decompose(repair="int4", name="full", rank=4),
+        "full holds a basis 'full' with other options (repair: None there, 'int4' asked for): give this one another "
+        "--name, or replace it with --overwrite",
+    ),
     "a folder that is no store": (
         decompose("folder", metric="identity", model="model"),
         "folder is not a prep store: name another --store",

@@ -248,26 +248,6 @@ def test_layers_that_are_not_quantised_have_nothing_to_repair(home, store):
     assert not prep.verify(store).findings
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"for_": "eva"}, "--repair takes the top of the error, not EVA's components: leave out --for and --select"),
-        ({"select": "bottom"}, "--repair takes the top of the error, not select bottom"),
-        (
-            {"repair": "itn4"},
-            r"--repair 'itn4' is no recipe .*\(did you mean 'int4'\?",
-        ),
-        ({"repair": "./nowhere"}, r"no model at ./nowhere: give a directory"),
-        ({"repair": torch.nn.Linear(2, 2)}, r"the quantised copy has no linear layer model.layers.0.self_attn.q_proj"),
-    ],
-)
-def test_what_cannot_be_repaired_is_refused(store, options, said):
-    before = tiny.contents(store)
-    with pytest.raises(PrepError, match=said):
-        prep.decompose(store, **{"repair": "nf4", "quiet": True} | options)
-    assert tiny.contents(store) == before
-
-
 def test_a_layer_that_nobody_can_dequantise_is_named(home, store):
     class OddLinear(torch.nn.Module):
         in_features, out_features, qweight = 64, 192, torch.zeros(3)
@@ -290,9 +270,10 @@ def test_without_bitsandbytes_the_error_says_what_to_install(store, monkeypatch)
 def test_info_says_what_is_repaired(store):
     from prep.store.info import table
 
+    prep.decompose(store, repair="fp4", name="mine", rank=2, quiet=True)
     facts = prep.info(store)
-    assert facts["bases"]["repair-nf4"]["repairs"] == "nf4"
-    assert "repair-nf4 repairs nf4" in table(facts)
+    assert facts["bases"]["repair-nf4"]["repairs"] == "nf4" and facts["bases"]["mine"]["repairs"] == "fp4"
+    assert [line for line in table(facts) if " repairs " in line] == ["mine repairs fp4"]
 
 
 def test_commands_make_the_basis_again(home, store, tmp_path):
