@@ -120,3 +120,25 @@ def test_gpu(run, tmp_path):
     assert set(figures["pass"]["8 x 16"]) == {"forward", "prep full", "prep auto", "published", "peft corda"}
     assert all(value["scaled"] < 5e-6 for value in figures["error"].values())
     assert "\n  dplr " in printed
+
+
+@pytest.fixture(scope="module")
+def questions(made, tmp_path_factory):
+    """Files of questions and answers in the tiny model's words: to calibrate and train on, and held out."""
+    directory, texts = tmp_path_factory.mktemp("questions"), list(dict.fromkeys(tiny.texts(160)))
+    rows = [{"question": text, "answer": f"{text.split()[0]} {text.split()[-1]}"} for text in texts]
+    files = directory / "train.jsonl", directory / "test.jsonl"
+    for file, part in zip(files, (rows[:-12], rows[-12:]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    return files
+
+
+SMALL = ["--calibration-rows", 60, "--calibration-sequences", 4, "--calibration-length", 16, "--evaluation-rows", 6]
+SMALL += ["--other-sequences", 2, "--steps", 2, "--batch-size", 2, "--max-length", 48, "--device", "cpu"]
+
+
+def test_sweep(run, made, questions, tmp_path):
+    train, held = questions
+    common = ["--model", made["model"], "--data", train, "--evaluation", held, "--work", tmp_path, *SMALL]
+    small = ["--methods", "lora,dora,eva,whitened,gain:full", "--ranks", "2", "--seeds", "0,1", "--growth", 1]
+    print(run("sweep", *common, *small))
