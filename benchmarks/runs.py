@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import Run
+from outcomes import Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prep
@@ -141,12 +141,15 @@ def calibrated(options: Options, file: Path) -> Any:
 
 
 def decomposed(options: Options, methods: Sequence[str], rank: int) -> None:
-    """Every basis that the methods start from; EVA's ranks are redistributed, up to twice the rank."""
+    """Every basis that the methods start from, anew where it holds too few ranks; EVA redistributes up to twice r."""
     for method in methods:
-        published = PUBLISHED.get(method.split(":")[1], method.split(":")[1]) if ":" in method else method
-        if published not in ("lora", "dora"):
-            reach = rank * (2 if published == "eva" else 1)
-            prep.decompose(options.store, for_=published, rank=reach, quiet=True)
+        if method in ("lora", "dora"):
+            continue
+        name = method.split(":")[1] if ":" in method else prep.peft.INITS[method]
+        reach = rank * (2 if method == "eva" else 1)
+        known = prep.open_store(options.store).bases
+        short = name in known and known[name].method["rank"] < reach
+        prep.decompose(options.store, for_=PUBLISHED.get(name, method), rank=reach, overwrite=short, quiet=True)
 
 
 def described(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 import torch
-from evidence import Run, best_rate, curve, read_lines
+from outcomes import Run, best_rate, curve, read_lines
 from runs import (
     OTHER_LENGTH,
     Options,
@@ -196,4 +196,4 @@ def write(options: Options, line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(standalone_mode=False)

@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import prep
 
-LEARNING_RATE = {"gain": 2e-2, "rotation": 5e-3, "ablation": 1e-2, "dplr": 2e-3, "arrow": 2e-3, "dense": 1e-3}
-LEARNING_RATE["lora"] = 1e-3
+LEARNING_RATE = {"gain": 2e-2, "rotation": 5e-3, "ablation": 1e-2, "dplr": 2e-3, "arrow": 2e-3}
+LEARNING_RATE |= {"dense": 1e-3, "lora": 2e-3}
 LORA = {"core": "lora", "rank": 8}
 PROMPT = "Question: {question}\nAnswer:"
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 IGNORED = -100  # label of tokens that the loss leaves out
 
 
@@ -72,7 +72,8 @@ def main(
     """Train one variant and print what it cost and what it gained."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_id)
-    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=getattr(torch, dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=getattr(torch, dtype)).to(device)
     rows = load_rows(data, subset)
     train, test = (encode(part, tokenizer, max_length) for part in (rows[:-held_out], rows[-held_out:]))
     before = mean_losses(model, test, batch_size)
@@ -94,45 +95,27 @@ def main(
         save_strategy="no",
         report_to=[],
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         remove_unused_columns=False,
         disable_tqdm=True,
     )
     Trainer(model=adapted, args=arguments, train_dataset=train, data_collator=collate).train()
     after = mean_losses(adapted, test, batch_size)
-    gain = before - after
-    result = {
-        "variant": variant,
-        "loss_before": before.mean().item(),
-        "loss_after": after.mean().item(),
-        "standard_errors": (gain.mean() / (gain.std() / math.sqrt(len(gain)))).item(),
-        **costs,
-        "attach_seconds": attached,
-        **step_seconds(adapted, train[:batch_size]),
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": arguments.learning_rate,
-        "rank": choices["rank"],
-        "seed": seed,
-        "dtype": dtype,
-    }
+    result = {"variant": variant, **compared(before, after), **costs, "attach_seconds": attached}
     if accuracy:
         questions = rows[-held_out:][:accuracy]
         right = correct(adapted, tokenizer, questions, batch_size, new_tokens)
         result |= {"questions": len(questions), "accuracy": sum(right) / len(right)}
+    result |= {**step_seconds(adapted, train[:batch_size]), "steps": steps, "batch_size": batch_size}
+    result |= {"learning_rate": arguments.learning_rate, "rank": choices["rank"], "seed": seed, "dtype": dtype}
     if variant == "lora":
         prep.peft.save(adapted, directory)
     else:
         prep.save(model, directory / "adapter.safetensors")
     (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
-        print(
-            f"{name:24} {value:,.4g}"
-            if isinstance(value, float)
-            else f"{name:24} {value:,}"
-            if isinstance(value, int)
-            else f"{name:24} {value}"
-        )
+        form = {float: ",.4g", int: ","}.get(type(value), "")
+        print(f"{name:24} {value:{form}}")
     print(f"written to {directory}")
 
 
@@ -204,6 +187,13 @@ def mean_losses(model: Any, rows: list[dict[str, torch.Tensor]], batch_size: int
     return losses / tokens
 
 
+def compared(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """Mean losses before and after (n,), and how many standard errors of the paired difference lie between them."""
+    gain = before - after
+    errors = (gain.mean() / (gain.std() / math.sqrt(len(gain)))).item()
+    return {"loss_before": before.mean().item(), "loss_after": after.mean().item(), "standard_errors": errors}
+
+
 @torch.no_grad()
 def correct(
     model: Any, tokenizer: Any, rows: list[dict[str, str]], batch_size: int, new_tokens: int = 256
@@ -224,9 +214,10 @@ def correct(
             pad_token_id=tokenizer.pad_token_id,
         )[:, prompts["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(written, skip_special_tokens=True)
-        right += [
-            final_number(answer) == final_number(row["answer"]) for answer, row in zip(answers, batch, strict=True)
-        ]
+        pairs = (
+            (final_number(answer), final_number(row["answer"])) for answer, row in zip(answers, batch, strict=True)
+        )
+        right += [found is not None and found == wanted for found, wanted in pairs]
     return right
 
 
