@@ -163,8 +163,11 @@ def prepare(options: Options, grid: Grid) -> Parts:
     parts = deal(options)
     file = options.work / "calibration.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in parts.calibration))
+    new, times = not options.store.exists(), options.work / "store.json"
     calibrate, _ = seconds("cpu", lambda: calibrated(options, file))
     decompose, _ = seconds("cpu", lambda: decomposed(options, grid.methods, max(grid.ranks)))
+    if new:
+        times.write_text(json.dumps({"calibrate": calibrate, "decompose": decompose}))
     corpus = prep.open_store(options.store).corpus
     assert corpus is not None
     setting = {
@@ -181,7 +184,7 @@ def prepare(options: Options, grid: Grid) -> Parts:
         raise SystemExit(f"{options.work} holds runs with another {', '.join(changed)}: take another --work")
     if not lines:
         write(options, setting)
-        write(options, {"kind": "store", "calibrate": calibrate, "decompose": decompose})
+        write(options, {"kind": "store", **json.loads(times.read_text())})
         model = loaded(options)
         write(options, {"kind": "base", **counted(parts), **evaluated(model, parts, options)})
     return parts
