@@ -83,7 +83,12 @@ def table(title: str, figures: list[Figure]) -> list[str]:
 
 
 def svg(charts: list[tuple[str, str, list[Figure]]]) -> str:
-    """Charts (title, x label, figures), two in a row: a line per stage, hollow and dashed where it is extrapolated."""
+    """Charts (title, x label, figures): a line per stage, hollow and dashed where it is extrapolated."""
+    return sheet([_chart(*chart) for chart in charts])
+
+
+def sheet(charts: list[list[str]]) -> str:
+    """Drawn charts of WIDTH by HEIGHT, two in a row, as an SVG file."""
     size = f'viewBox="0 0 {2 * WIDTH} {HEIGHT * math.ceil(len(charts) / 2)}"'
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">',
@@ -91,7 +96,7 @@ def svg(charts: list[tuple[str, str, list[Figure]]]) -> str:
     ]
     for number, chart in enumerate(charts):
         row, column = divmod(number, 2)
-        drawn += [f'<g transform="translate({column * WIDTH} {row * HEIGHT})">', *_chart(*chart), "</g>"]
+        drawn += [f'<g transform="translate({column * WIDTH} {row * HEIGHT})">', *chart, "</g>"]
     return "\n".join([*drawn, "</svg>"]) + "\n"
 
 

@@ -132,3 +132,139 @@ def test_gpu(run, tmp_path):
     assert set(figures["pass"]["8 x 16"]) == {"forward", "prep full", "prep auto", "published", "peft corda"}
     assert all(value["scaled"] < 5e-6 for value in figures["error"].values())
     assert "\n  dplr " in printed
+
+
+@pytest.fixture(scope="module")
+def questions(made, tmp_path_factory):
+    """Files of questions and answers in the tiny model's words: to calibrate and train on, and held out."""
+    directory, texts = tmp_path_factory.mktemp("questions"), list(dict.fromkeys(tiny.texts(160)))
+    rows = [{"question": text, "answer": f"{text.split()[0]} {text.split()[-1]}"} for text in texts]
+    files = directory / "train.jsonl", directory / "test.jsonl"
+    for file, part in zip(files, (rows[:-12], rows[-12:]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    return files
+
+
+SMALL = ["--calibration-rows", 60, "--calibration-sequences", 4, "--calibration-length", 16, "--evaluation-rows", 6]
+SMALL += ["--other-sequences", 2, "--steps", 2, "--batch-size", 2, "--max-length", 48, "--device", "cpu"]
+
+
+@pytest.fixture
+def sweep(run, made, questions, tmp_path):
+    """Run a small sweep in tmp_path/work with these further arguments."""
+    train, held = questions
+    common = ["--model", made["model"], "--data", train, "--evaluation", held, "--work", tmp_path / "work", *SMALL]
+    return lambda *further: run("sweep", *common, *further)
+
+
+METHODS = ["lora", "dora", "eva", "whitened", "gain:full", "rotation:diagonal:both"]
+
+
+def test_sweep(sweep, run, tmp_path):
+    grid = ["--methods", ",".join(METHODS), "--ranks", 2, "--seeds", "0,1", "--growth", 1]
+    sweep(*grid)
+    path, page = tmp_path / "work" / "runs.jsonl", tmp_path / "page.md"
+    lines = path.read_text().splitlines()
+    setting, store, base, *runs = map(json.loads, lines)
+    assert [line["kind"] for line in (setting, store, base)] == ["setting", "store", "base"]
+    assert len(base["losses"]) == len(base["tokens"]) == len(runs[0]["losses"]) == setting["evaluation"]["rows"] == 6
+    assert {run["method"] for run in runs} == set(METHODS) and {run["seed"] for run in runs} == {0, 1}
+    assert len({(run["method"], run["rate"], run["seed"]) for run in runs}) == len(runs)
+    assert all(run["losses"] != base["losses"] and run["trainable"] > 0 for run in runs)
+
+    path.write_text("\n".join(lines[:-2]) + lines[-2][:40])  # a kill while a line was written
+    sweep(*grid)
+    again = [json.loads(line) for line in path.read_text().splitlines()[3:]]
+    untimed = [[{**run, "start": 0, "step": 0, "wall": 0} for run in found] for found in (runs, again)]
+    assert untimed[0] == untimed[1]
+
+    page.write_text("# Page\n\n<!-- begin: made by benchmarks/evidence.py -->\nold\n<!-- end -->\nrest\n")
+    run("evidence", path, "--page", page)
+    written = page.read_bytes(), (tmp_path / "evidence.svg").read_bytes()
+    assert all(f"\n| `{method}` | ".encode() in written[0] for method in METHODS) and b"old" not in written[0]
+    assert xml.etree.ElementTree.fromstring(written[1]).tag.endswith("svg")
+    run("evidence", path, "--page", page)
+    assert (page.read_bytes(), (tmp_path / "evidence.svg").read_bytes()) == written
+
+    larger = sweep("--methods", "whitened", "--ranks", "4", "--seeds", "0", "--growth", 0)
+    assert larger.count("whitened         r 4 ") == 3
+
+    with pytest.raises(SystemExit, match="another steps: take another --work"):
+        sweep("--methods", "lora", "--steps", 3)
+
+
+def test_sweep_refuses_rows_of_two_parts(sweep, questions, tmp_path):
+    train, held = questions
+    rows = train.read_text().splitlines()
+    for first, second, file, text in (
+        ("calibration", "evaluation", held, rows[0]),
+        ("training", "evaluation", held, rows[-1].replace("w", "W").replace(" ", "  ")),
+        ("calibration", "training", train, rows[1]),
+    ):
+        changed = tmp_path / "changed.jsonl"
+        changed.write_text(f"{file.read_text()}{text}\n")
+        option = "--data" if file == train else "--evaluation"
+        with pytest.raises(SystemExit, match=f"a row is in {first} and in {second}: "):
+            sweep(option, changed, "--evaluation-rows", 99)
+    with pytest.raises(SystemExit, match="no row is left for training"):
+        sweep("--calibration-rows", 999)
+    assert not (tmp_path / "work" / "prep.zarr").exists()
+
+
+def simulated(missing, grid, loss):
+    """The lines of a whole sweep in which a run's loss is given by a function."""
+    lines = [{"kind": "base", "tokens": [1, 1]}]
+    while wave := missing(grid, lines):
+        lines += [{"kind": "run", **vars(run), "losses": [loss(run)] * 2} for run in wave]
+    return lines
+
+
+def test_sweep_design(monkeypatch):
+    """The best rate is inside the grid wherever it lies, and it and its neighbours run with every seed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from outcomes import best_rate, curve
+    from sweep import Grid, missing
+
+    valleys = {"lora": 1e-5, "pissa": 1.1e-3, "gain:full": 3e-1}
+    grid = Grid(list(valleys), ranks=[8, 32], seeds=[0, 1, 2], factor=3.0, growth=9)
+    lines = simulated(missing, grid, lambda run: abs(np.log(run.rate / valleys[run.method])) + 0.1 * run.seed)
+    for method, valley in valleys.items():
+        for rank in grid.ranks:
+            losses, best = curve(lines, method, rank), best_rate(lines, method, rank)
+            place = list(losses).index(best)
+            assert abs(np.log(best / valley)) <= np.log(3) / 2 + 0.01
+            assert [len(found) for found in list(losses.values())[place - 1 : place + 2]] == [3, 3, 3]
+        assert len(curve(lines, method, 32)) == 3  # it begins where rank 8 had its best
+    order = [(line["rank"], line["seed"]) for line in lines[1:]]
+    assert order == sorted(order)
+    assert [line["method"] for line in lines[1:10]] == list(valleys) * 3
+    monotone = simulated(missing, Grid(["lora"], [8], [0], factor=3.0, growth=2), lambda run: run.rate)
+    assert len(monotone) == 1 + 3 + 2
+
+
+def test_differences(monkeypatch):
+    """Of rows of one length and one seed: the standard error of a paired mean. Seeds add theirs, pooled."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from outcomes import difference, seed_variance
+
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(2, 40))
+    one = difference([list(rows[0] * 5)], [5] * 40, 0.0)
+    assert one.value == pytest.approx(rows[0].mean())
+    assert one.error == pytest.approx(rows[0].std(ddof=1) / np.sqrt(40))
+    other = [list(rows[1]), list(rows[1] + 0.2), list(rows[1])]
+    pooled = seed_variance([[list(rows[0]), list(rows[0] + 0.1)], other, [list(rows[0])]], 40)
+    assert pooled == pytest.approx((np.var([0, 0.1], ddof=1) + 2 * np.var([0, 0.2, 0], ddof=1)) / 3)
+    both = difference(other, [1] * 40, pooled)
+    assert both.error == pytest.approx(np.sqrt(rows[1].var(ddof=1) / 40 + pooled / 3))
+    lengths = draw.integers(1, 9, 40)
+    assert difference([list(0.3 * lengths)], lengths.tolist(), 0.0).error == pytest.approx(0, abs=1e-9)
+
+
+def test_evidence_is_made_of_its_lines(run, tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    page = tmp_path / "evidence.md"
+    page.write_bytes((docs / "evidence.md").read_bytes())
+    run("evidence", docs / "evidence.jsonl", "--page", page)
+    assert page.read_bytes() == (docs / "evidence.md").read_bytes()
+    assert (tmp_path / "evidence.svg").read_bytes() == (docs / "evidence.svg").read_bytes()
