@@ -77,7 +77,7 @@ def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[Basis
     missing = world.on_rank_zero(not_made, requests)
     todo = [request for request in requests if request.name in missing]
     if todo:
-        net, modules = world.on_all(load_layers, todo)
+        net, modules = world.on_all(load_layers, todo, options.quiet or world.rank > 0)
         with Decomposition(todo, net, modules, world) as job:
             for name, done in job.layers():
                 job.note(name, done)

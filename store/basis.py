@@ -144,6 +144,7 @@ class BasisSet(Mapping[str, Basis]):
         self.dtype = str(attrs["dtype"])
         self.model: dict[str, Any] = attrs["model"]
         self.hash = str(attrs.get("hash", ""))
+        self.files: str | None = attrs.get("files")
         try:
             self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
             self._check_sizes()

@@ -15,6 +15,7 @@ from ...store.condition import fault
 from ..model import loading
 from ..progress import say
 from .request import Request
+from .weights import Weigh
 
 
 def not_made(requests: Sequence[Request]) -> list[str]:
@@ -101,25 +102,22 @@ def is_made(request: Request) -> bool:
     assert request.store is not None
     if request.model_id is None:
         modules = dict(request.options.model.named_modules())  # type: ignore[union-attr]
-        return all(layer in modules and _is_of(basis, layer, modules[layer]) for layer in basis.layers)
+        hashes = {layer: record.weight_hash for layer, record in basis.layers.items()}
+        return all(layer in modules and weight_hash(weight_matrix(modules[layer])) == hashes[layer] for layer in hashes)
     if request.model_id != request.store.model["id"]:
         return False
     stamp = loading.checkpoint_stamp(request.model_id, None)
     return stamp is not None and stamp == (request.store.attrs.get("run") or {}).get("files")
 
 
-def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, nn.Module]) -> None:
-    """StoreError if a complete basis was made from other weights than the modules have."""
-    for layer in basis.layers:
-        if layer not in modules or not _is_of(basis, layer, modules[layer]):
+def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, nn.Module], weigh: Weigh) -> None:
+    """StoreError if a complete basis was made from other weights than the modules have, as `weigh` reads them."""
+    for layer, record in basis.layers.items():
+        if layer not in modules or weigh(layer, modules[layer]).hash != record.weight_hash:
             raise StoreError(
                 f"basis {request.name!r} was made from other weights of {layer} than the model has now: "
                 "give this one another --name, or replace it with --overwrite"
             )
-
-
-def _is_of(basis: BasisSet, layer: str, module: nn.Module) -> bool:
-    return basis.layers[layer].weight_hash == weight_hash(weight_matrix(module))
 
 
 def _differences(request: Request, basis: BasisSet) -> list[str]:

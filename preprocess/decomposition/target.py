@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,28 +11,34 @@ import zarr
 from torch import Tensor, nn
 
 from ...errors import PrepError
-from ...linear import dtype_name, layer_shape, weight_hash, weight_matrix
+from ...linear import layer_shape
 from ...store import BasisWriter, LayerRecord, open_store
-from ...store.bases import LayerDone
+from ...store.bases import LayerDone, goes_at_once, take_back
 from ...store.format.schema import DTYPES
 from ..model import loading
 from ..numerics.methods import Method
-from ..numerics.whitening import WhitenedSVD, spectrum_size
+from ..numerics.whitening import spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import say
 from .crossing import SAMPLE, to_cross
 from .existing import check_same_weights, made_already, problem_of, same_basis
 from .request import Request
+from .weights import Weigh
+from .workers import Decomposed
 
 Shape = tuple[int, int]
 
 
 class Target:
-    """The basis of one request. `begin` on the process that writes, `open` on all, then `put` for every layer."""
+    """The basis of one request. `begin` on the process that writes, `open` on all, then `put` for every layer.
 
-    def __init__(self, request: Request, net: nn.Module, modules: Mapping[str, nn.Module]):
+    weigh: reads and checks a layer's weight.
+    """
+
+    def __init__(self, request: Request, net: nn.Module, modules: Mapping[str, nn.Module], weigh: Weigh):
         self.name, self.request = request.name, request
-        self._net, self._modules = net, modules
+        self._net, self._modules, self._weigh = net, modules, weigh
+        self._begun = False
         self._shapes = {layer: layer_shape(module) for layer, module in modules.items()}
         self._groups = groups_of(self._shapes, request.method)
 
@@ -42,7 +48,10 @@ class Target:
         return stored_bytes(self._groups, self.request.options.dtype)
 
     def begin(self, quiet: bool) -> list[str] | None:
-        """Begin or find the basis, and list the layers to do; None where it is complete. For the lock's holder."""
+        """Begin or find the basis, and list the layers to do; None where it is complete. For the lock's holder.
+
+        The weights of layers that are done are read only where the checkpoint's files may have changed since.
+        """
         request = self.request
         basis = same_basis(request)
         if basis is None:
@@ -52,14 +61,17 @@ class Target:
             self._create()
             return list(self._modules)
         if basis.status == "complete":
-            check_same_weights(request, basis, self._modules)
+            check_same_weights(request, basis, self._modules, self._weigh)
             say(made_already(request), quiet)
             return None
         say(f"basis {self.name!r}: resumed after {len(basis.layers)} of {len(basis.expected)} layers", quiet)
-        hashes = {layer: record.weight_hash for layer, record in basis.layers.items()}
-        return [
-            layer for layer, module in self._modules.items() if hashes.get(layer) != weight_hash(weight_matrix(module))
-        ]
+        untouched = basis.files is not None and basis.files == request.stamp(self._net)
+        done = {
+            layer
+            for layer, record in basis.layers.items()
+            if untouched or self._weigh(layer, self._modules[layer]).hash == record.weight_hash
+        }
+        return [layer for layer in self._modules if layer not in done]
 
     def open(self, root: zarr.Group) -> BasisWriter:
         """The writer of what was begun."""
@@ -71,23 +83,34 @@ class Target:
         request = self.request
         return to_cross(request.layers or {}, request.method, SAMPLE) if request.moments is not None else frozenset()
 
-    def put(self, layer: str, W: Tensor, result: WhitenedSVD, crossed: dict[str, Any] | None) -> LayerDone:
-        """Store U and P of a layer with the weight W. crossed: for its record, if it was cross-fitted."""
-        shape = self._shapes[layer]
+    def put(self, done: Decomposed) -> LayerDone:
+        """Store U and P of a layer."""
+        result, shape = done.result, self._shapes[done.layer]
         group = self._groups[shape]
-        record = replace(record_of(result, shape, group["layers"].index(layer), W), crossed=crossed)
+        record = record_of(done, shape, group["layers"].index(done.layer))
         U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
-        check_storable(layer, P, self.request.options.dtype)
-        return self.writer.put(layer, U, S, P, spectrum[: group["spectrum"]], record)
+        check_storable(done.layer, P, self.request.options.dtype)
+        return self.writer.put(done.layer, U, S, P, spectrum[: group["spectrum"]], record)
+
+    def take_back(self) -> None:
+        """Remove the basis if it was begun here; one that it was to replace stays. For the lock's holder."""
+        if self._begun:
+            take_back(open_store(self.request.options.store, "r+").root, self.name)
 
     def _create(self) -> None:
         request = self.request
+        root = open_store(request.options.store, "r+").root
+        if goes_at_once(root, self.name):  # then no weight may turn out to be wrong afterwards
+            for layer, module in self._modules.items():
+                self._weigh(layer, module)
+        self._begun = True
         BasisWriter.create(
-            open_store(request.options.store, "r+").root,
+            root,
             self.name,
             method=asdict(request.method),
             dtype=request.options.dtype,
             model=loading.describe(self._net, request.model_id, request.revision),
+            files=request.stamp(self._net),
             groups=self._groups,
         )
 
@@ -120,8 +143,9 @@ def check_storable(layer: str, P: Tensor, dtype: str) -> None:
         )
 
 
-def record_of(result: WhitenedSVD, shape: Shape, index: int, W: Tensor) -> LayerRecord:
+def record_of(done: Decomposed, shape: Shape, index: int) -> LayerRecord:
     """What the store records of a layer beside its arrays."""
+    result = done.result
     return LayerRecord(
         shape=shape,
         index=index,
@@ -131,6 +155,7 @@ def record_of(result: WhitenedSVD, shape: Shape, index: int, W: Tensor) -> Layer
         numerical_rank=int(result.numerical_rank),
         solver=result.solver,
         bound=float(result.bound),
-        weight_hash=weight_hash(W),
-        weight_dtype=dtype_name(W.dtype),
+        weight_hash=done.weight_hash,
+        weight_dtype=done.weight_dtype,
+        crossed=done.crossed,
     )

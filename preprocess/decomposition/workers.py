@@ -13,27 +13,29 @@ from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import PrepError
-from ...linear import layer_shape, weight_matrix
+from ...linear import dtype_name, layer_shape
 from ...store import Moments
 from ..memory import free_memory
 from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
 from .crossing import Parts, noted, parts_of, statistics_of
+from .weights import Weigh
 
 
 @dataclass(frozen=True)
 class Jobs:
     """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
-    for; crossed: name -> layers that are cross-fitted, whose moments have a half.
+    for; crossed: name -> layers that are cross-fitted, whose moments have a half. weigh: reads and checks a weight.
     """
 
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
     crossed: Mapping[str, Collection[str]]
+    weigh: Weigh
 
     def crosses(self, layer: str) -> bool:
         """Whether a layer is cross-fitted for any basis."""
@@ -42,10 +44,11 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A layer with its weight W (d_out, d_in). crossed: its errors between the parts of its tokens, if looked at."""
+    """A layer, the hash and dtype of its weight. crossed: its errors between the parts of its tokens, if looked at."""
 
     layer: str
-    W: Tensor
+    weight_hash: str
+    weight_dtype: str
     result: WhitenedSVD
     crossed: dict[str, Any] | None
 
@@ -127,8 +130,10 @@ def _decompose_site(
     for layer in layers:
         if shared is not None and shared.kind == "output":  # of one layer only
             shared = parts = None
-        W = weight_matrix(modules[layer])
-        dense = W.to("cpu", torch.float64).numpy()
+        weight = jobs.weigh(layer, modules[layer])
+        known, dtype = weight.hash, dtype_name(weight.W.dtype)
+        dense = weight.W.to("cpu", torch.float64).numpy()
+        del weight  # the largest arrays are not kept twice
         for name in jobs.wanted[layer]:
             method, said = jobs.methods[name], None
             needed = moments is not None and check(None, method) is not None
@@ -141,5 +146,5 @@ def _decompose_site(
                     said = noted(dense, result, parts, method)
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
-            results.append((name, Decomposed(layer, W, result, said)))
+            results.append((name, Decomposed(layer, known, dtype, result, said)))
     return results

@@ -87,6 +87,7 @@ BASIS = {
         }
     },
     "hash?": str,
+    "files?": str,
 }
 
 
