@@ -110,13 +110,13 @@ def parameter(module: nn.Module, key: str, part: int | None = None) -> Tensor:
     return _values(module, key, getattr(module, key), part)
 
 
-def _values(module: nn.Module, key: str, value: Tensor, part: int | None = None) -> Tensor:
-    value = value.detach()
-    if not value.is_meta:
-        return value if part is None else value[part]
+def _values(module: nn.Module, key: str, value: Any, part: int | None = None) -> Tensor:
+    held: Tensor = value.detach()
+    if not held.is_meta:
+        return held if part is None else held[part]
     read = reader(module)
     if read is None:
-        what = f"the {key} {tuple(value.shape)} of a {type(module).__name__}"
+        what = f"the {key} {tuple(held.shape)} of a {type(module).__name__}"
         raise PrepError(f"{what} is on the meta device, without values: load the model with its weights")
     return read(key, part).detach()
 

@@ -6,6 +6,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from torch import nn
@@ -23,7 +24,7 @@ from ..model import loading
 from ..progress import Progress
 from .request import Request
 from .target import Target
-from .weights import WrongWeight, weigher
+from .weights import Weigh, WrongWeight, weigher
 from .workers import Jobs, cost, decomposed
 
 
@@ -114,13 +115,8 @@ class Decomposition:
     def _own(self) -> Iterator[tuple[str, LayerDone]]:
         """The layers of this process, U and P stored."""
         moments = next((request.moments for request in self._requests if request.moments is not None), None)
-        wanted: dict[str, list[str]] = {}
-        for name, layers in self._todo.items():
-            for layer in layers:
-                wanted.setdefault(layer, []).append(name)
-        wanted = share_of(wanted, moments, self._modules, self._world)
-        methods = {name: target.request.method for name, target in self._open.items()}
-        jobs = Jobs(methods, wanted, {name: target.crossed() for name, target in self._open.items()}, self._weigh)
+        jobs = jobs_of(self._open, self._todo, self._weigh)
+        jobs = replace(jobs, wanted=share_of(jobs.wanted, moments, self._modules, self._world))
         for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
             yield name, self._open[name].put(done)
 
@@ -142,9 +138,19 @@ class Decomposition:
         create_store(request.options.store, attrs)
 
 
+def jobs_of(targets: Mapping[str, Target], todo: Mapping[str, Sequence[str]], weigh: Weigh) -> Jobs:
+    """The work for bases by name. todo: the layers of each that are left."""
+    wanted: dict[str, list[str]] = {}
+    for name, layers in todo.items():
+        for layer in layers:
+            wanted.setdefault(layer, []).append(name)
+    methods = {name: target.request.method for name, target in targets.items()}
+    return Jobs(methods, wanted, {name: target.crossed() for name, target in targets.items()}, weigh)
+
+
 def share_of(
-    wanted: Mapping[str, list[str]], moments: Moments | None, modules: Mapping[str, nn.Module], world: World
-) -> dict[str, list[str]]:
+    wanted: Mapping[str, Sequence[str]], moments: Moments | None, modules: Mapping[str, nn.Module], world: World
+) -> dict[str, Sequence[str]]:
     """What one process does of the layers and their bases: whole sites, so that each moment is read once, and about
     the same work for all.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -45,7 +45,20 @@ class Target:
     @property
     def bytes(self) -> int:
         """What the basis takes on disk."""
-        return stored_bytes(self._groups, self.request.options.dtype)
+        return self.bytes_of(list(self._shapes))
+
+    def bytes_of(self, layers: Sequence[str]) -> int:
+        """What some of its layers take on disk."""
+        return stored_bytes(
+            groups_of({layer: self._shapes[layer] for layer in layers}, self.request.method), self.request.options.dtype
+        )
+
+    def left(self) -> list[str]:
+        """The layers to do, as far as records tell, without beginning anything."""
+        basis = same_basis(self.request)
+        if basis is not None and basis.status == "complete":
+            return []
+        return [layer for layer in self._modules if basis is None or layer not in basis.layers]
 
     def begin(self, quiet: bool) -> list[str] | None:
         """Begin or find the basis, and list the layers to do; None where it is complete. For the lock's holder.

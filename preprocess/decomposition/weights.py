@@ -28,30 +28,35 @@ class Weight:
 Weigh = Callable[[str, nn.Module], Weight]  # by the layer's name
 
 
-def weigher(request: Request) -> Weigh:
-    """What reads and checks the weights of a request's layers, of several requests alike; for several threads.
+def weighed(layer: str, module: nn.Module) -> Weight:
+    """The weight of a layer. WrongWeight, which names it, where it cannot be read or holds NaN or Inf."""
+    try:
+        W = weight_matrix(module)
+    except PrepError as error:
+        raise WrongWeight(f"{layer}: {error}") from error
+    if not torch.isfinite(W).all():
+        raise WrongWeight(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
+    return Weight(W, weight_hash(W))
 
-    It raises WrongWeight, which names the layer, for a weight that cannot be read or holds NaN or Inf, and where the
-    layer was calibrated with another one: where its moment is of outputs, or the model should be the calibrated one.
+
+def weigher(request: Request) -> Weigh:
+    """`weighed` for the layers of a request, for several threads.
+
+    WrongWeight also where a layer was calibrated with another weight, if its moment is one of outputs or the model
+    should be the calibrated one.
     """
 
     def weigh(layer: str, module: nn.Module) -> Weight:
-        try:
-            W = weight_matrix(module)
-        except PrepError as error:
-            raise WrongWeight(f"{layer}: {error}") from error
-        known, moment = weight_hash(W), (request.layers or {}).get(layer)
-        if moment is not None and known != moment.weight_hash and moment.kind == "output":
+        weight, moment = weighed(layer, module), (request.layers or {}).get(layer)
+        if moment is not None and weight.hash != moment.weight_hash and moment.kind == "output":
             raise WrongWeight(
                 f"{layer} has an output moment of other weights than this model's: give the --model that was calibrated"
             )
-        if moment is not None and known != moment.weight_hash and request.calibrated_model:
+        if moment is not None and weight.hash != moment.weight_hash and request.calibrated_model:
             raise WrongWeight(
                 f"{layer} has other weights than the store was calibrated on: run `prep covariance --overwrite` with "
                 "its options, or give the --model that was calibrated"
             )
-        if not torch.isfinite(W).all():
-            raise WrongWeight(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
-        return Weight(W, known)
+        return weight
 
     return weigh

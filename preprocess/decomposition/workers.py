@@ -23,7 +23,7 @@ from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
 from .crossing import Parts, noted, parts_of, statistics_of
-from .weights import Weigh
+from .weights import Weigh, weighed
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Jobs:
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
     crossed: Mapping[str, Collection[str]]
-    weigh: Weigh
+    weigh: Weigh = weighed
 
     def crosses(self, layer: str) -> bool:
         """Whether a layer is cross-fitted for any basis."""
@@ -61,17 +61,13 @@ def decomposed(
     moments: of the layers' inputs, None where no method needs them. processes: how many share the machine's cores.
     PrepError names the layer that failed.
     """
-    sites = _by_site(moments, modules, jobs.wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // processes)
-    room = free_memory() // processes // max((_memory(moments, site, modules, jobs) for site in sites), default=1)
-    workers = max(1, min(cores, len(sites), room))
-    queue = iter(sites)
+    team = crew(moments, modules, jobs, processes)
+    queue = iter(team.sites)
     running: set[Future] = set()
-    with threadpool_limits(max(1, cores // workers)), ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(team.threads), ThreadPoolExecutor(team.workers) as pool:
         try:
             while True:
-                while len(running) < 2 * workers and (site := next(queue, None)) is not None:
+                while len(running) < 2 * team.workers and (site := next(queue, None)) is not None:
                     running.add(pool.submit(_decompose_site, moments, site, modules, jobs))
                 if not running:
                     return
@@ -81,6 +77,27 @@ def decomposed(
         finally:
             for future in running:
                 future.cancel()
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How the work is done. sites: groups of layers, in order; threads: of a worker; memory: bytes, at most, of all."""
+
+    sites: list[list[str]]
+    workers: int
+    threads: int
+    memory: int
+
+
+def crew(moments: Moments | None, modules: Mapping[str, nn.Module], jobs: Jobs, processes: int = 1) -> Crew:
+    """As many workers as there are cores, sites, and room for the sites that take most memory."""
+    sites = _by_site(moments, modules, jobs.wanted)
+    sizes = sorted((_memory(moments, site, modules, jobs) for site in sites), reverse=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // processes)
+    room = free_memory() // processes // max(sizes, default=1)
+    workers = max(1, min(cores, len(sites), room))
+    return Crew(sites, workers, max(1, cores // workers), sum(sizes[:workers]))
 
 
 def _by_site(

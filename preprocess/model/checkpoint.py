@@ -169,22 +169,22 @@ def _read(checkpoint: Checkpoint, prefix: str, key: str, part: int | None) -> Te
 def materialise(module: nn.Module) -> None:
     """Read all parameters and buffers of a module of `open_model`, and of the modules in it."""
     for inner in module.modules():
-        for key, value in inner.named_parameters(recurse=False):
-            if value.is_meta:
+        for key, weight in list(inner.named_parameters(recurse=False)):
+            if weight.is_meta:
                 inner._parameters[key] = nn.Parameter(parameter(inner, key), requires_grad=False)
-        for key, value in inner.named_buffers(recurse=False):
-            if value.is_meta:
+        for key, buffer in list(inner.named_buffers(recurse=False)):
+            if buffer.is_meta:
                 inner._buffers[key] = parameter(inner, key)
 
 
 def free(module: nn.Module) -> None:
     """The opposite of `materialise`: what the checkpoint holds takes no memory."""
     for inner in module.modules():
-        for key, value in inner.named_parameters(recurse=False):
-            inner._parameters[key] = nn.Parameter(value.to("meta"), requires_grad=False)
-        for key, value in inner.named_buffers(recurse=False):
+        for key, weight in list(inner.named_parameters(recurse=False)):
+            inner._parameters[key] = nn.Parameter(weight.to("meta"), requires_grad=False)
+        for key, buffer in list(inner.named_buffers(recurse=False)):
             if key not in inner._non_persistent_buffers_set:
-                inner._buffers[key] = value.to("meta")
+                inner._buffers[key] = buffer.to("meta")
 
 
 def _opened(model: str, config: Any, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Checkpoint]:
@@ -259,7 +259,7 @@ def _recipes(model: Any, tensors: Tensors, dtype: torch.dtype) -> Iterable[_Reci
         if name in there:
             match = wide.search(name)
             cast = there[name].dtype if match is None else kept_wide[pattern_of[str(match.lastgroup)]]
-            recipe = recipes.setdefault(name, _Recipe(name, by_pattern.get(pattern)))
+            recipe = recipes.setdefault(name, _Recipe(name, by_pattern.get(pattern or "")))
             recipe.sources.append((pattern or tensor, tensor, cast))
     return recipes.values()
 

@@ -64,7 +64,7 @@ class Tensors(Mapping[str, Stored]):
         try:
             with open(stored.file, "rb", buffering=0) as file:
                 file.seek(offset)
-                _fill(file, memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+                _fill(file, values.reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise PrepError(f"cannot read {name} of {stored.file} ({error}): check the checkpoint") from error
         with self._lock:
