@@ -34,7 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/types && ln -sfn ../.. build/types/prep
-	MYPYPATH=build/types $(BIN)/mypy -m prep -m prep.cli -p prep.store -p prep.preprocess -p prep.adapters
+	MYPYPATH=build/types $(BIN)/mypy -m prep -m prep.cli -p prep.store -p prep.preprocess -p prep.adapters -p prep.reporting
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

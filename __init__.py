@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from .preprocess.decompose import decompose as decompose
     from .preprocess.evaluate import evaluate as evaluate
     from .preprocess.verify import verify as verify
+    from .reporting.report import report as report
     from .store import open_store as open_store
     from .store.info import info as info
     from .store.pool import pool as pool
+    from .store.ranks import ranks as ranks
     from .store.remove import remove as remove
     from .store.transfer import pull as pull
     from .store.transfer import push as push
@@ -54,8 +56,10 @@ _EXPORTS = {
     "peft": ".adapters.peft",
     "export": ".adapters.peft.export",
     "info": ".store.info",
+    "report": ".reporting.report",
     "verify": ".preprocess.verify",
     "pool": ".store.pool",
+    "ranks": ".store.ranks",
     "remove": ".store.remove",
     "push": ".store.transfer",
     "pull": ".store.transfer",

@@ -15,7 +15,7 @@ import click
 from . import __version__
 from .commands import store_option
 from .errors import Interrupted, PrepError
-from .preprocess.numerics.methods import PUBLISHED, SELECTIONS, SOLVERS
+from .preprocess.numerics.methods import POOLINGS, PUBLISHED, SELECTIONS, SOLVERS
 from .preprocess.options import (
     BASIS_DTYPES,
     COMPATIBLE,
@@ -147,6 +147,11 @@ _decompose_option = partial(_option, DecomposeOptions)
     "--halves/--no-halves", help="Keep the moments of the first half, too: what more data would gain is told by them."
 )
 @_covariance_option(
+    "--keep-tokens",
+    type=click.IntRange(0),
+    help="Keep the inputs of so many random tokens per site, too, in float32, for `decompose --pooling mean_abs`.",
+)
+@_covariance_option(
     "--compat",
     type=click.Choice(COMPATIBLE),
     help="peft-corda: sequences divided by their maximum, padding counted, as PEFT's preprocess_corda does.",
@@ -223,11 +228,22 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 @_decompose_option("--rank", type=click.IntRange(1), help="Directions to keep; clipped per layer.")
 @_decompose_option("--select", type=click.Choice(SELECTIONS), help="Which directions to keep.  [default: top]")
 @_decompose_option(
+    "--pooling",
+    type=click.Choice(POOLINGS),
+    help="Of an activation: its root mean square, or the mean of its magnitude over the tokens that were kept "
+    "(`covariance --keep-tokens`).  [default: rms]",
+)
+@_decompose_option(
     "--solver",
     type=click.Choice(SOLVERS),
     help="exact: float64 Gram route; svd: float64 SVD of W M; randomized: certified within 1e-3 of the optimum.",
 )
 @_decompose_option("--dtype", type=click.Choice(list(BASIS_DTYPES)), help="Of stored U and P.")
+@_decompose_option(
+    "--sample",
+    type=click.IntRange(0),
+    help="Layers of each kind to cross-fit between halves of the tokens, 0 for all.  [default: 2]",
+)
 @_decompose_option("--model", help="Path or hub id.  [default: the store's model]")
 @_decompose_option("--revision", help="Revision of --model on the hub.")
 @_decompose_option("--overwrite", is_flag=True, help="Replace the basis of that name when the new one is complete.")
@@ -315,6 +331,38 @@ def evaluate(store: str, quiet: bool, as_json: bool, **options: Any) -> None:
         click.echo(line)
 
 
+@main.command(short_help="A rank for every layer under a budget of parameters.")
+@_shared
+@click.option(
+    "--budget", required=True, help="Parameters of all layers, such as 2M; or the share to keep, such as 95%."
+)
+@click.option("--basis", default="full", help="Name of the basis.")
+@click.option("--layers", help="A regular expression searched in layer names.  [default: all]")
+@click.option("--output", "-o", type=click.Path(), help="Write the ranks to this file: a rank_pattern of PEFT.")
+@click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: all ranks, and a summary.")
+def ranks(store: str, quiet: bool, output: str | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Choose a rank for every layer so that all layers together lose least of their outputs.
+
+    Parameters are those of LoRA, r (d_in + d_out) of every layer. It is a budget of output error, not of accuracy.
+
+    \b
+    prep ranks --budget 2M -o ranks.json         LoraConfig(rank_pattern=json.load(open("ranks.json")), ...)
+    prep ranks --budget 95% --layers self_attn   the fewest parameters found that keep 95 % of the outputs
+    """
+    from .files import new_json
+    from .store.ranks import choose, summary, table
+
+    found = choose(store, **options)
+    said = summary(found)
+    if output is not None:
+        new_json(output, said["ranks"], overwrite)
+    for line in [json.dumps(said, indent=2)] if as_json else table(found):
+        click.echo(line)
+    if output is not None and not as_json:
+        _say(quiet, f"written to {output}; next, in Python: LoraConfig(rank_pattern=..., target_modules=list(...))")
+
+
 @main.command(short_help="What a store holds.")
 @_shared
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -337,6 +385,23 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         _say(quiet, f'next, in Python: prep.attach(model, "{store}", core="gain", basis="{trainable[0]}")')
     else:
         _say(quiet, f"next: prep decompose{store_option(store)}")
+
+
+@main.command(short_help="What a store holds, as a page with figures.")
+@_shared
+@click.option(
+    "--output", "-o", "path", default="report.html", help="The HTML file; a report that is there is replaced."
+)
+@click.option("--overwrite", is_flag=True, help="Replace any other file that is there, too.")
+def report(store: str, quiet: bool, path: str, overwrite: bool) -> None:
+    """Write one HTML file with figures of what a store holds, to open in a browser, offline (extra prep-bases[report]).
+
+    Kept output by layer and rank, spectra, what more data would gain, bases side by side, layers that stand out. It is
+    made of the store alone: no model is loaded and nothing is decomposed.
+    """
+    from .reporting.report import report as run
+
+    _say(quiet, f"written to {run(store, path, overwrite=overwrite)}")
 
 
 @main.command(short_help="A basis or moments as files that PEFT reads.")

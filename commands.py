@@ -28,7 +28,15 @@ BASIS_OF = {
     "lora_xs": "identity",
 }
 _METHOD_OF = {basis: method for method, basis in reversed(BASIS_OF.items())}
-_DEFAULTS = {"metric": "full", "power": 0.5, "center": False, "select": "top", "damping": 1e-3, "epsilon": None}
+_DEFAULTS = {
+    "metric": "full",
+    "power": 0.5,
+    "center": False,
+    "select": "top",
+    "pooling": "rms",
+    "damping": 1e-3,
+    "epsilon": None,
+}
 _NUMBERS = ("power", "damping", "epsilon")
 
 
@@ -40,7 +48,8 @@ def default_name(method: Mapping[str, Any]) -> str:
     power = "" if plain else f"-p{method['power']:g}"
     centered = "-centered" if method.get("center") else ""
     select = "" if method.get("select", "top") == "top" else f"-{method['select']}"
-    return f"{method['metric']}{power}{centered}{select}"
+    pooling = "" if method.get("pooling", "rms") == "rms" else f"-{method['pooling']}"
+    return f"{method['metric']}{power}{centered}{select}{pooling}"
 
 
 def decompose_command(
@@ -107,6 +116,8 @@ def _said_by(name: str) -> dict[str, Any] | None:
     for part in rest:
         if part in ("bottom", "activation"):
             method["select"] = part
+        elif part == "mean_abs":
+            method["pooling"] = part
         elif part == "centered":
             method["center"] = True
         elif part[:1] == "p" and part[1:].replace(".", "", 1).isdigit():

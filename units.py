@@ -75,6 +75,23 @@ def parse_share(share: float | str) -> float:
     return value
 
 
+def parse_budget(budget: int | str) -> int | float:
+    """A number of parameters from "2M" (10^6; K, B), "1.5e6" or a whole number, or a share, a float, from "95%".
+
+    PrepError for anything else, also for a bare number below 1000 as text: nobody means 64 parameters.
+    """
+    text = str(budget).strip().lower()
+    match = re.fullmatch(r"(\d*\.?\d+(?:e\+?\d+)?)\s*([kmb%]?)", text)
+    value = float(match[1]) if match else 0.0
+    if match and match[2] == "%" and 0 < value <= 100:
+        return value / 100
+    number = value * {"k": 1e3, "m": 1e6, "b": 1e9}.get(match[2] if match else "", 1)
+    bare = isinstance(budget, str) and number < 1000 and text.replace(".", "").isdigit()
+    if match is None or match[2] == "%" or isinstance(budget, (bool, float)) or bare or not 1 <= number < math.inf:
+        raise PrepError(f"{budget!r} is not a budget: write parameters like 2M, or the share to keep like 95%")
+    return round(number)
+
+
 def parse_blocks(text: str | Iterable[int]) -> tuple[int, ...]:
     """Block numbers, ascending, from "0-3,8" or numbers. PrepError for anything else."""
     if not isinstance(text, str):

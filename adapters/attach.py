@@ -4,9 +4,8 @@ An adapted layer computes y = base(x) + core(p) @ U.T, p = x @ P.T (see layer.py
 """
 
 import functools
-import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import PrepError, did_you_mean
 from ..linear import is_conv1d, is_plain, layer_shape
-from ..store import Store, open_store
+from ..store import BasisSet, Store, open_store
+from ..store.ranks import choice, matching
 from .adapter import Adapter, Origin, find_adapter
 from .coefficient import Coefficient
 from .cores import CORES, Core
@@ -30,7 +30,7 @@ def attach(
     *,
     core: str | type[Core] | Core = "gain",
     basis: str = "full",
-    rank: int | None = None,
+    rank: int | str | Mapping[str, int] | None = None,
     layers: str | None = None,
     verify: bool | str = True,
     **options: Any,
@@ -39,9 +39,11 @@ def attach(
 
     store: its path, URL, or the opened store. core: gain, rotation, ablation, dplr, arrow or dense, or your own Core
     class, with its `options` beside it; or an instance. basis: its name in the store. rank: a slice of the stored one,
-    clipped per layer; all of it by default. layers: a regular expression searched in layer names. verify: check that
-    the basis was made from this model's weights, on a GPU by a probe; "hash" compares hashes there, too. Call it before
-    DDP or `fully_shard`. `**VARIANTS[name]` gives the arguments of a published adapter.
+    clipped per layer; all of it by default. A budget, such as "2M" or "95%", chooses a rank for each layer as `ranks`
+    does: it counts `r (d_in + d_out)`, the size of U and P that are loaded, whatever the core trains of them. Ranks by
+    layer are taken as they are, and other layers left alone. layers: a regular expression searched in layer names.
+    verify: check that the basis was made from this model's weights, on a GPU by a probe; "hash" compares hashes there,
+    too. Call it before DDP or `fully_shard`. `**VARIANTS[name]` gives the arguments of a published adapter.
 
     All or nothing: PrepError or StoreError leaves the model as it was. Nothing is decomposed here.
     """
@@ -50,17 +52,17 @@ def attach(
     prototype = make_core(core, options)
     opened = store if isinstance(store, Store) else open_store(store)
     bases = opened.bases[basis]
-    if rank is not None and not 1 <= rank <= bases.method["rank"]:
+    if isinstance(rank, int) and not 1 <= rank <= bases.method["rank"]:
         raise PrepError(
             f"rank {rank} asked for, basis {basis!r} holds 1 to {bases.method['rank']}: make it with "
             f"{bases.command(rank)}"
         )
-    try:
-        names = [name for name in bases.layers if layers is None or re.search(layers, name)]
-    except re.error as error:
-        raise PrepError(f"layers={layers!r} is not a regular expression: {error}") from error
-    if not names:
-        raise PrepError(f"layers={layers!r} matches none of the basis, such as {next(iter(bases.layers), 'none')}")
+    names = matching(bases, layers)
+    if isinstance(rank, str):
+        rank = choice(opened, bases, rank, names).ranks
+    elif isinstance(rank, Mapping):
+        rank = _ranks_of(bases, rank, names)
+        names = list(rank)
     modules = find_layers(model, {name: bases.layers[name].shape for name in names})
     origin = Origin(
         store=opened.id,
@@ -71,6 +73,20 @@ def attach(
     )
     parts = {name: (part.U, part.S, part.P) for name, part in bases.read(names, rank).items()}
     return install(model, modules, parts, prototype, origin, verify)
+
+
+def _ranks_of(bases: BasisSet, ranks: Mapping[str, int], names: list[str]) -> dict[str, int]:
+    """The ranks of those of the layers that have one. PrepError for a layer or rank that the basis does not hold."""
+    for layer in bases.checked(ranks):
+        rank, held = ranks[layer], bases.layers[layer].rank
+        if not 1 <= rank <= held:
+            raise PrepError(
+                f"rank {rank} of {layer} asked for, basis {bases.name!r} holds 1 to {held}: take one of these"
+            )
+    chosen = {name: ranks[name] for name in names if name in ranks}
+    if not chosen:
+        raise PrepError("rank= names no layer to adapt: give ranks by layer, as `prep ranks` writes them")
+    return chosen
 
 
 def make_core(core: str | type[Core] | Core, options: dict[str, Any]) -> Core:

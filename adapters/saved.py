@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import PrepError
+from ..files import written
 from ..store import Store, open_store
 from ..store.format.schema import DTYPES, content_hash
 from ..store.format.untrusted import Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core
-from .files import written
 
 FORMAT_VERSION = 1
 BIG = 10_000_000  # bytes of a stored basis from which on it is said that it can be left out
@@ -222,8 +222,7 @@ def _referred(
     if bases.hash != origin.hash:  # which tells the basis; a store's id changes when moments are added to it
         other = "" if opened.id == origin.store else f", which has the id {opened.id} and not {origin.store}"
         raise PrepError(f"{path} refers to another basis {origin.basis!r} than the one in {opened.location}{other}")
-    read = bases.read(ranks, max(ranks.values()))
-    return {name: (read[name].U[:, :r], read[name].S[:r], read[name].P[:r]) for name, r in ranks.items()}
+    return {name: (part.U, part.S, part.P) for name, part in bases.read(ranks, ranks).items()}
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ..store import Store, open_store
 from ..store.format.schema import is_url
 from .calibration.estimate import Estimate, announce, estimate
 from .calibration.job import Calibration
-from .calibration.run import Run, finished
+from .calibration.run import Run, finished, growth
 from .calibration.until import grown
 from .corpus.source import Mask, Text, open_source
 from .distributed import World, check_devices, joined, visible_devices
@@ -60,6 +60,7 @@ def covariance(
     device_map: str | Mapping[str, int | str] | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
     halves: bool = True,
+    keep_tokens: int = 0,
     compat: str | None = None,
     memory_budget: int | str = "8GB",
     device_memory: int | str | None = None,
@@ -104,11 +105,15 @@ def covariance(
     halves: the moments of the first half of the tokens are kept beside those of all (float32), which `evaluate` needs
     to say what more data would gain; batches whose number is not known have none.
 
+    keep_tokens: the inputs of so many tokens of every site are kept too (float32), drawn uniformly from all: what
+    `decompose` needs for pooling="mean_abs".
+
     until: twice as many sequences are read again and again, until the median excess of whitened bases at `rank` (64) is
     below this share, "2%" or 0.02, or `num_sequences` are in. It begins with what is there, or with two batches.
 
     compat="peft-corda" sums as PEFT's `preprocess_corda` does: each sequence divided by its maximum, padding counted,
-    the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing.
+    the mean over sequences. dry_run returns an Estimate of memory, disk and time and stores nothing; where a complete
+    store of fewer sequences is there, of the others.
 
     distributed: every process of a torchrun job, or of an initialised torch.distributed, calls it alike and takes its
     share of the batches; rank 0 returns the store, the others None (see distributed.py).
@@ -129,6 +134,7 @@ def _calibrate(world: World, options: CovarianceOptions, module: nn.Module | Non
     source = world.on_all(open_source, options)
     run = world.on_all(Run.of, options, source)
     if isinstance(source, Text) and options.dry_run:
+        source = source.after(growth(options, run))
         announce(options, source)
     else:
         done = world.on_rank_zero(_is_finished, options, run)

@@ -34,8 +34,10 @@ def decompose(
     center: bool | None = None,
     rank: int = 256,
     select: str | None = None,
+    pooling: str | None = None,
     solver: str = "auto",
     dtype: str | torch.dtype = "float32",
+    sample: int | None = None,
     model: str | Path | nn.Module | None = None,
     revision: str | None = None,
     overwrite: bool = False,
@@ -58,8 +60,12 @@ def decompose(
     metric: full, diagonal or identity: the SVD of W M with M = C^a, diag(C)^a or I. power: the a, by default 0.5.
     damping: C + damping mean(diag C) I, by default 0.001. epsilon: C + epsilon I instead. center: C without the mean.
     rank: directions to keep, clipped per layer. select: the top, the bottom, or those of the largest activation.
+    pooling: of activations: rms, S_i sqrt(E[(P_i x)^2]), or mean_abs, S_i E|P_i x| over the tokens that were kept.
     solver: exact, the float64 Gram route; svd, a float64 SVD of W M; randomized, within 1e-3 of the optimum; or auto.
     dtype: of stored U and P, by name or as a torch.dtype.
+    sample: layers of each kind to cross-fit between the halves of the tokens, by default 2, 0 for all: what a basis
+    loses of unseen tokens and what more data would gain is then noted of them (`evaluate`, `info`), and of all layers
+    what each direction keeps there (`ranks`).
     model: a path, hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With
     metric identity and `model`, no store need exist. revision: of `model` on the hub. trust_remote_code: run code from
     its repository.

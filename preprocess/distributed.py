@@ -169,6 +169,17 @@ class World:
             dist.reduce(x, group=between or self.everyone, group_dst=owner)
         return x
 
+    def gather_rows(self, owner: int, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """x (n, d) of every rank, on the host of rank `owner`; nothing on the others. counts: n of each rank."""
+        if self.size == 1:
+            return [x]
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts] if self.rank == owner else None
+        with _in_contact():
+            dist.gather(padded, parts, group=self.everyone, group_dst=owner)
+        return [part[:count] for part, count in zip(parts, counts, strict=True)] if parts else []
+
     def gather_iter(self, own: Iterable[T]) -> Iterator[T]:
         """Yield all ranks' items on rank 0 as they arrive; other ranks send theirs and yield nothing.
 

@@ -62,6 +62,7 @@ class CovarianceOptions:
     device_map: str | Mapping[str, int | str] | None = None
     max_memory: str | Mapping[int | str, int | str] | None = None
     halves: bool = True
+    keep_tokens: int = 0
     compat: str | None = None
     memory_budget: int | str = "8GB"
     device_memory: int | str | None = None
@@ -108,6 +109,12 @@ class CovarianceOptions:
             one_of("--compat", self.compat, COMPATIBLE)
             if self.moment != "full" or not self.named:
                 raise PrepError("--compat peft-corda needs --moment full and a model by path or hub id")
+            if self.keep_tokens:
+                raise PrepError(
+                    "--keep-tokens keeps inputs as they are, --compat peft-corda scales them: leave out one"
+                )
+        if self.keep_tokens < 0:
+            raise PrepError(f"--keep-tokens {self.keep_tokens} is not a number of tokens: give 0 for none, or more")
         self._check_inputs()
         self._check_until()
 
@@ -161,8 +168,10 @@ class DecomposeOptions:
     center: bool | None = None
     rank: int = 256
     select: str | None = None
+    pooling: str | None = None
     solver: str = "auto"
     dtype: str = "float32"  # likewise
+    sample: int | None = None
     model: str | nn.Module | None = None
     revision: str | None = None
     overwrite: bool = False
@@ -185,11 +194,19 @@ class DecomposeOptions:
         object.__setattr__(self, "methods", tuple(dict.fromkeys(names)) or (None,))
         if self.name is not None and len(self.methods) > 1:
             raise PrepError(f"--name {self.name} cannot name the bases of {len(self.methods)} methods: leave it out")
+        if self.sample is not None:
+            check_sample(self.sample)
 
     @property
     def several(self) -> bool:
         """Whether bases were asked for as a list, or joined by commas."""
         return self.for_ is not None and (not isinstance(self.for_, str) or "," in self.for_)
+
+
+def check_sample(count: int) -> None:
+    """PrepError for a negative number of layers of each kind."""
+    if count < 0:
+        raise PrepError(f"--sample {count} is not a number of layers: give 0 for all, or more")
 
 
 def _as_given(value: Any) -> Any:

@@ -24,12 +24,13 @@ from zarr.storage import LocalStore
 
 from ..commands import decompose_command, missing_basis
 from ..errors import StoreError
-from .basis import BasisSet, LayerRecord, Place, checksums, group_arrays, group_key
+from .basis import SHARES, BasisSet, LayerRecord, Place, checksums, group_arrays, group_key, row_checksums
 from .display import html_table
 from .format import schema
 from .staging import one_line, remove_all, swap
 
 _COLUMNS = ("basis", "status", "metric", "power", "select", "rank", "layers")
+_OPTIONAL = ("crossed", "shares")  # of a record
 FLUSH_SECONDS = 1.0
 FLUSH_SHARE = 0.1  # of the time may go into flushes: those of very many layers are rarer
 
@@ -100,12 +101,11 @@ class Bases(Mapping[str, BasisSet]):
 
 @dataclass(frozen=True)
 class LayerDone:
-    """A layer whose U and P are in the store, with what is not: S (r,), spectrum (k,), float64."""
+    """A layer whose U and P are in the store, and the float64 rows that are not: S (r,), spectrum (k,), shares (r,)."""
 
     layer: str
     record: LayerRecord
-    S: Tensor
-    spectrum: Tensor
+    rows: dict[str, Tensor]
 
 
 class BasisWriter:
@@ -113,14 +113,14 @@ class BasisWriter:
 
     def __init__(self, group: zarr.Group, basis: BasisSet, attrs: dict[str, Any]):
         self._name, self._group, self._attrs = basis.name, group, attrs
-        self._arrays = basis.open_arrays(basis.shapes, ("U", "P", "S", "spectrum"))
+        self._arrays = basis.open_arrays(basis.shapes, ("U", "P", "S", "spectrum", *SHARES))
         # the rows of layers to come are NaN, as the fill value
         self._rows = {
             place: torch.full(array.layout.shape, torch.nan, dtype=torch.float64)
             for place, array in self._arrays.items()
-            if place[1] in ("S", "spectrum")
+            if place[1] not in ("U", "P")
         }
-        done = [((r.shape, role), r.index) for r in basis.layers.values() for role in ("S", "spectrum")]
+        done = [(place, r.index) for r in basis.layers.values() for place in self._rows if place[0] == r.shape]
         stored = schema.read_each([(self._arrays[place], (slice(i, i + 1),)) for place, i in done])
         for (place, i), values in zip(done, stored, strict=True):
             self._rows[place][i] = values[0]
@@ -139,7 +139,8 @@ class BasisWriter:
         groups: dict[tuple[int, int], dict[str, Any]],
         files: str | None = None,
     ) -> BasisWriter:
-        """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}.
+        """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}, and "shares", some of SHARES, if
+        these are known of all layers.
 
         files: what identifies the files that the weights are read from, for as long as it is not complete.
 
@@ -160,8 +161,7 @@ class BasisWriter:
         group = root.create_group(path, overwrite=True, attributes=schema.sealed({}))
         for shape, members in groups.items():
             stack = group.create_group(group_key(shape))
-            arrays = group_arrays(shape, len(members["layers"]), members["rank"], members["spectrum"], dtype)
-            for role, layout in arrays.items():
+            for role, layout in group_arrays(shape, members, dtype).items():
                 schema.create_array(stack, role, layout)
         # what has attributes, or is listed, has its arrays, so that it can be resumed
         schema.put_attributes(group, attrs)
@@ -179,23 +179,43 @@ class BasisWriter:
         group = schema.child(root, f"bases/{name if pending is None else _new(name)}")
         return cls(group, BasisSet(name, group), schema.attributes(group, {"layers": dict}))
 
-    def put(self, layer: str, U: Tensor, S: Tensor, P: Tensor, spectrum: Tensor, record: LayerRecord) -> LayerDone:
-        """The part of `write` that may be done by several processes, each its own layers: store U and P."""
+    @property
+    def shares(self) -> list[str]:
+        """The arrays of SHARES that every group has."""
+        return [role for role in SHARES if all((shape, role) in self._arrays for shape, _ in self._arrays)]
+
+    def put(
+        self,
+        layer: str,
+        U: Tensor,
+        S: Tensor,
+        P: Tensor,
+        spectrum: Tensor,
+        record: LayerRecord,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> LayerDone:
+        """The part of `write` that may be done by several processes, each its own layers: store U and P.
+
+        shares: `kept` and `unseen` (r,), as far as the layer's group has them; others are left out.
+        """
         row = (slice(record.index, record.index + 1),)
         arrays = [self._arrays[record.shape, role] for role in "UP"]
         stored = [schema.write(array, row, x[None]) for array, x in zip(arrays, (U.T, P), strict=True)]
-        S, spectrum = (x.detach().to("cpu", torch.float64) for x in (S, spectrum))
-        content = schema.content_hash([*stored, S.numpy(), spectrum.numpy()])
-        parts = checksums(arrays, row, stored, (S, spectrum))
-        return LayerDone(layer, replace(record, hash=content, checksums=parts), S, spectrum)
+        rows = {"S": S, "spectrum": spectrum}
+        rows |= {role: (shares or {})[role] for role in SHARES if (record.shape, role) in self._arrays}
+        rows = {role: values.detach().to("cpu", torch.float64) for role, values in rows.items()}
+        own, more = list(rows.values())[:2], list(rows.values())[2:]
+        content = schema.content_hash([*stored, *(values.numpy() for values in own)])
+        parts = checksums(arrays, row, stored, own)
+        return LayerDone(layer, replace(record, hash=content, checksums=parts, shares=row_checksums(more)), rows)
 
     def note(self, done: LayerDone) -> None:
-        """The other part, for the process that calls `flush` and `finish`: take over S, the spectrum and the record."""
+        """The other part, for the process that calls `flush` and `finish`: take over the rows and the record."""
         shape, i = done.record.shape, done.record.index
-        for role, value in (("S", done.S), ("spectrum", done.spectrum)):
+        for role, value in done.rows.items():
             self._rows[shape, role][i] = value
             self._changed.add(((shape, role), i // self._arrays[shape, role].layout.chunks[0]))
-        said = {name: value for name, value in vars(done.record).items() if name != "crossed" or value is not None}
+        said = {name: value for name, value in vars(done.record).items() if name not in _OPTIONAL or value}
         self._attrs["layers"][done.layer] = said
         if time.monotonic() > self._due:
             self.flush()

@@ -4,13 +4,15 @@ U (n, R, d_out)   orthonormal rows: the transpose of each layer's U, so that a r
 S (n, R)          float64
 P (n, R, d_in)    the oblique input projector, S^-1 U^T W
 spectrum (n, k)   singular values of W M, float64, descending
+kept (n, R)       share of E||W x||^2 that each direction keeps, float64 (of the input variance for EVA); not everywhere
+unseen (n, R)     the same on tokens that the basis has not seen; where all layers were cross-fitted
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -36,7 +38,8 @@ class LayerRecord:
     ||(W - U S P) M||_F; bound: certified factor of tail^2 over its optimum (1 where the solver is exact). hash: of U,
     P, S and the spectrum, by which `verify` knows them; checksums: of their parts, by which a slice is known.
     crossed: for some layers, at `ranks`, what bases of the two parts of the tokens lose (lists `unseen`, `excess` and
-    `least`, in shares of E||W x||^2, see `prep evaluate`).
+    `least`, in shares of E||W x||^2, see `prep evaluate`). shares: the checksums of the rows of `kept` and `unseen`,
+    which `hash` does not cover: it tells the basis, whatever is known of it.
     """
 
     shape: tuple[int, int]
@@ -52,21 +55,26 @@ class LayerRecord:
     hash: str = ""
     checksums: str = ""
     crossed: dict[str, Any] | None = None
+    shares: str = ""
 
 
+SHARES = ("kept", "unseen")  # the arrays that a group may have, in the order in which it gets them
 Place = tuple[tuple[int, int], str]  # shape (d_out, d_in) and role of an array
 _FIELDS = {field.name for field in fields(LayerRecord)}
 _DIGITS = 8  # of a checksum
 
 
-def _record(layer: str, fields: dict[str, Any], layers: list[str], rank: int) -> LayerRecord:
-    """One record as the attributes give it, checked against its group's layers and rank."""
+def _record(layer: str, fields: dict[str, Any], group: dict[str, Any]) -> LayerRecord:
+    """One record as the attributes give it, checked against its group's layers, rank and shares."""
+    layers, rank = group["layers"], group["rank"]
     given = {name: value for name, value in fields.items() if name in _FIELDS}
     record = LayerRecord(**{**given, "shape": schema.check_shape(fields["shape"], layer)})
     if not 0 <= record.index < len(layers) or layers[record.index] != layer or not 1 <= record.rank <= rank:
         raise ValueError(layer)
     digits = _DIGITS * 2 * (_slabs(rank) + 1)
     if record.checksums and (len(record.checksums) != digits or not re.fullmatch("[0-9a-f]+", record.checksums)):
+        raise ValueError(layer)
+    if not re.fullmatch(f"[0-9a-f]{{{_DIGITS * len(group.get('shares', ()))}}}", record.shares):
         raise ValueError(layer)
     if record.crossed is not None:
         _check_crossed(record.crossed, layer)
@@ -92,19 +100,25 @@ def checksums(arrays: Sequence[schema.Array], row: Region, stored: Sequence[np.n
     then of S (r,) and the spectrum (k,), 8 hexadecimal digits each.
     """
     checksums = [crc for array, part in zip(arrays, stored, strict=True) for crc in chunk_checksums(array, row, part)]
-    checksums += [checksum(values.contiguous().numpy()) for values in rows]
-    return "".join(f"{crc:0{_DIGITS}x}" for crc in checksums)
+    return "".join(f"{crc:0{_DIGITS}x}" for crc in checksums) + row_checksums(rows)
 
 
-def group_arrays(shape: tuple[int, int], n: int, R: int, k: int, dtype: str) -> dict[str, schema.Layout]:
-    """The arrays of n stacked layers of one shape, R directions and k singular values each."""
+def row_checksums(rows: Iterable[Tensor]) -> str:
+    """crc32c of each row (k,), 8 hexadecimal digits each."""
+    return "".join(f"{checksum(row.contiguous().numpy()):0{_DIGITS}x}" for row in rows)
+
+
+def group_arrays(shape: tuple[int, int], group: Mapping[str, Any], dtype: str) -> dict[str, schema.Layout]:
+    """The arrays of the stacked layers of one shape. group: its `layers`, `rank`, `spectrum` and, if any, `shares`."""
     d_out, d_in = shape
+    n, R, k = len(group["layers"]), group["rank"], group["spectrum"]
     slab, rows = min(R, schema.SLAB), min(n, schema.ROWS)
     return {
         "U": schema.Layout((n, R, d_out), (1, slab, d_out), (dtype,)),
         "P": schema.Layout((n, R, d_in), (1, slab, d_in), (dtype,)),
         "S": schema.Layout((n, R), (rows, R), ("float64",)),
         "spectrum": schema.Layout((n, k), (rows, k), ("float64",)),
+        **{role: schema.Layout((n, R), (rows, R), ("float64",)) for role in group.get("shares", ())},
     }
 
 
@@ -149,7 +163,7 @@ class BasisSet(Mapping[str, Basis]):
             self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
             self._check_sizes()
             self.layers = {
-                layer: _record(layer, record, *_group_of(self._groups, record))
+                layer: _record(layer, record, self._groups[tuple(record["shape"])])  # type: ignore[index]
                 for layer, record in attrs["layers"].items()
             }
         except (KeyError, ValueError) as error:
@@ -195,32 +209,40 @@ class BasisSet(Mapping[str, Basis]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def read(self, layers: Iterable[str] | None = None, rank: int | None = None) -> dict[str, Basis]:
-        """The bases of `layers` (all by default), sliced to the first `rank` directions.
+    def read(
+        self, layers: Iterable[str] | None = None, rank: int | Mapping[str, int] | None = None
+    ) -> dict[str, Basis]:
+        """The bases of `layers` (all by default), sliced to the first `rank` directions, or to those of each layer.
 
         A layer whose stored rank is below `rank` comes with all it has. StoreError for an unknown layer.
         """
-        wanted = list(self.layers) if layers is None else list(layers)
-        for layer in wanted:
-            if layer not in self.layers:
-                meant = did_you_mean(layer, self.layers) or "; `prep info` lists its layers"
-                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}{meant}")
+        wanted = self.checked(layers)
         arrays = self.open_arrays({self.layers[layer].shape for layer in wanted}, ("U", "P", "S"))
         regions: list[tuple[schema.Array, Region]] = []
         known: dict[str, int] = {}
+        ranks = {layer: rank[layer] if isinstance(rank, Mapping) else rank for layer in wanted}
         for layer in wanted:
-            record = self.layers[layer]
+            record, first = self.layers[layer], slice(0, ranks[layer])
             row, own = slice(record.index, record.index + 1), [arrays[record.shape, role] for role in "UPS"]
             # S comes whole, as its chunk does: its checksum is that of all directions
-            regions += zip(own, ((row, slice(0, rank)), (row, slice(0, rank)), (row,)), strict=True)
+            regions += zip(own, ((row, first), (row, first), (row,)), strict=True)
             known |= _chunks_of(record, own[:2])
         values = iter(schema.read_each(regions, known))
         out = {}
         for layer in wanted:
             U, P, S = (next(values)[0] for _ in "UPS")
             self._check_row(layer, "S", S)
-            out[layer] = Basis(U.T, S[:rank], P, self.layers[layer], partial(self._read_spectrum, layer))
+            out[layer] = Basis(U.T, S[: ranks[layer]], P, self.layers[layer], partial(self._read_spectrum, layer))
         return out
+
+    def checked(self, layers: Iterable[str] | None) -> list[str]:
+        """The layers, all by default. StoreError for an unknown one."""
+        wanted = list(self.layers) if layers is None else list(layers)
+        for layer in wanted:
+            if layer not in self.layers:
+                meant = did_you_mean(layer, self.layers) or "; `prep info` lists its layers"
+                raise StoreError(f"basis {self.name!r} does not hold the layer {layer}{meant}")
+        return wanted
 
     @property
     def rank(self) -> int:
@@ -243,16 +265,53 @@ class BasisSet(Mapping[str, Basis]):
 
     def arrays(self, shape: tuple[int, int]) -> dict[str, schema.Layout]:
         """The arrays of the layers of one shape, by role."""
-        group = self._groups[shape]
-        return group_arrays(shape, len(group["layers"]), group["rank"], group["spectrum"], self.dtype)
+        return group_arrays(shape, self._groups[shape], self.dtype)
 
-    def open_arrays(self, shapes: Iterable[tuple[int, int]], roles: Iterable[str]) -> dict[Place, schema.Array]:
-        """The arrays by shape and role, checked against their layouts when they are first asked for."""
-        wanted = {(shape, role): f"{group_key(shape)}/{role}" for shape in sorted(shapes) for role in roles}
-        new = {place: self.arrays(place[0])[place[1]] for place in wanted if place not in self._opened}
+    def kept(self, layer: str) -> Tensor | None:
+        """Share of E||W x||^2 that each stored direction keeps, (r,) float64, on the tokens the basis was made of.
+
+        Of the input variance for metric components (EVA). None where the store does not know it.
+        """
+        return self.shares("kept", [layer]).get(layer)
+
+    def unseen(self, layer: str) -> Tensor | None:
+        """`kept` on tokens that the basis has not seen: the mean over bases of two parts, each on the other part.
+
+        None where not all layers were cross-fitted.
+        """
+        return self.shares("unseen", [layer]).get(layer)
+
+    def shares(self, role: str, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """`kept` or `unseen` of the layers (all by default) that have it, each chunk read once."""
+        records = {layer: self.layers[layer] for layer in self.checked(layers)}
+        records = {layer: one for layer, one in records.items() if role in self.arrays(one.shape)}
+        arrays = self.open_arrays({one.shape for one in records.values()}, [role])
+        rows = [(arrays[one.shape, role], (slice(one.index, one.index + 1),)) for one in records.values()]
+        out = {}
+        for (layer, record), values in zip(records.items(), schema.read_each(rows), strict=True):
+            self._check_row(layer, role, values[0])
+            out[layer] = values[0][: record.rank]
+        return out
+
+    def open_arrays(self, shapes: Iterable[tuple[int, int]], roles: Collection[str]) -> dict[Place, schema.Array]:
+        """The arrays by shape and role, those that are there, checked against their layouts when first asked for."""
+        layouts = {(shape, role): layout for shape in sorted(shapes) for role, layout in self.arrays(shape).items()}
+        wanted = {place: f"{group_key(place[0])}/{place[1]}" for place in layouts if place[1] in roles}
+        new = {place: layouts[place] for place in wanted if place not in self._opened}
         opened = schema.open_arrays(self._group, {wanted[place]: layout for place, layout in new.items()})
         self._opened |= {place: opened[wanted[place]] for place in new}
         return self._opened
+
+    def spectra(self) -> Iterator[tuple[str, Tensor]]:
+        """Every layer with its spectrum (k,), each chunk read once."""
+        for shape, group in self._groups.items():
+            array = self.open_arrays([shape], ["spectrum"])[shape, "spectrum"]
+            for first in range(0, len(group["layers"]), schema.ROWS):
+                names = group["layers"][first : first + schema.ROWS]
+                rows = schema.read(array, (slice(first, first + len(names)),))
+                for layer, spectrum in zip(names, rows, strict=True):
+                    self._check_row(layer, "spectrum", spectrum)
+                    yield layer, spectrum
 
     def _read_spectrum(self, layer: str) -> Tensor:
         record = self.layers[layer]
@@ -262,9 +321,12 @@ class BasisSet(Mapping[str, Basis]):
         return spectrum
 
     def _check_row(self, layer: str, role: str, row: Tensor) -> None:
-        """StoreError if a layer's row of S or of the spectrum is not the one that its record knows."""
-        record, last = self.layers[layer], role == "spectrum"
-        known = record.checksums[-_DIGITS:] if last else record.checksums[-2 * _DIGITS : -_DIGITS]
+        """StoreError if a layer's row of S, of the spectrum or of shares is not the one that its record knows."""
+        record = self.layers[layer]
+        if role in SHARES:
+            known = record.shares[_DIGITS * SHARES.index(role) :][:_DIGITS]
+        else:
+            known = record.checksums[-_DIGITS:] if role == "spectrum" else record.checksums[-2 * _DIGITS : -_DIGITS]
         if known and checksum(row.numpy()) != int(known, 16):
             where = f"{self._group.store_path}/{group_key(record.shape)}/{role}"
             raise StoreError(f"{where} (row {record.index}, {layer}) is {OTHER_VERSION}: restore the store from a copy")
@@ -299,9 +361,7 @@ def _checked_group(key: str, group: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(key)
     if group["rank"] > min(shape) or group["spectrum"] > max(shape):
         raise ValueError(key)
+    shares = group.get("shares", [])
+    if shares != list(SHARES[: len(shares)]):
+        raise ValueError(key)
     return group
-
-
-def _group_of(groups: dict[tuple[int, int], dict[str, Any]], record: dict[str, Any]) -> tuple[list[str], int]:
-    group = groups[tuple(record["shape"])]  # type: ignore[index]
-    return group["layers"], group["rank"]

@@ -75,6 +75,7 @@ def write_half(root: zarr.Group, site: str, sums: SiteData) -> None:
         second_moment=means(sums.second_moment) if sums.second_moment else None,
         diagonal=mean(sums.diagonal) if sums.diagonal is not None else None,
         outputs={layer: means(panels) for layer, panels in sums.outputs.items()} if sums.outputs else None,
+        sample=None,
     )
     if all(_in_range(values) for name, values in moments.arrays().items() if name != "mean"):
         write_site(root, f"checkpoint/{HALF}/{site}", moments, HALF_DTYPE)

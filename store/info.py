@@ -75,7 +75,8 @@ def _moments(store: Store, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
         group = _group(groups, layer, entry.shape)
         group["moment"], group["tokens"] = entry.kind, entry.count
         kinds[entry.kind] += layer == moments.sites[entry.site][0]
-    counts = {"sites": len(moments.sites), "layers": len(moments), "kinds": dict(kinds)}
+    kept = max((entry.sampled for entry in entries.values()), default=0)
+    counts = {"sites": len(moments.sites), "layers": len(moments), "kinds": dict(kinds), "tokens_kept": kept}
     return {**counts, "skipped": moments.skipped, "bytes": size}
 
 
@@ -134,7 +135,8 @@ def table(facts: dict[str, Any]) -> list[str]:
             lines.append(f"damaged  the moments{size}: {moments['problem']}, or `prep remove --moments{option}`")
         else:
             kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
-            lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds}){size}")
+            kept = f", {moments['tokens_kept']:,} tokens kept" if moments["tokens_kept"] else ""
+            lines.append(f"moments  {moments['layers']} layers, {moments['sites']} sites ({kinds}){kept}{size}")
             lines += [f"skipped  {line}" for line in skipped_lines(moments["skipped"])]
     for name, basis in facts["bases"].items():
         if "problem" in basis:
@@ -144,7 +146,7 @@ def table(facts: dict[str, Any]) -> list[str]:
             lines.append(f"damaged  basis {name}: it is {basis['problem']}; {again}")
     bases = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     if bases:
-        lines += ["", *aligned([_COLUMNS, *(_row(name, basis) for name, basis in bases.items())])]
+        lines += ["", *aligned(basis_rows(bases))]
         lines += [facts["advice"]] if facts["advice"] else []
     layers = [["layers", "count", "d_out", "d_in", "moment", "tokens"]]
     energies = [["captured energy", *bases]]
@@ -162,8 +164,12 @@ def table(facts: dict[str, Any]) -> list[str]:
 _COLUMNS = ["basis", "metric", "power", "select", "rank", "damping", "layers", "energy", "excess", "dtype", "MB"]
 
 
+def basis_rows(bases: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """What is said of bases, as `info` has them, below the names of the columns."""
+    return [_COLUMNS, *(_row(name, basis) for name, basis in bases.items())]
+
+
 def _row(name: str, basis: dict[str, Any]) -> list[str]:
-    """What the table says of a basis."""
     method = basis["method"]
     damping = _short(method.get("damping")) if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
     count = f"{basis['layers']}" if basis["status"] == "complete" else f"{basis['layers']} of {basis['of']}"
@@ -172,7 +178,7 @@ def _row(name: str, basis: dict[str, Any]) -> list[str]:
         name,
         method["metric"],
         "" if plain else _short(method.get("power")),
-        method.get("select", ""),
+        method.get("select", "") + ("" if method.get("pooling", "rms") == "rms" else f" {method['pooling']}"),
         str(basis["rank"]),
         "" if plain else damping,
         count,
@@ -184,22 +190,25 @@ def _row(name: str, basis: dict[str, Any]) -> list[str]:
 
 
 def _corpus(corpus: dict[str, Any]) -> list[str]:
-    """The lines about what was read."""
+    return [f"{'' if i else 'corpus':<9}{line}" for i, line in enumerate(corpus_lines(corpus))]
+
+
+def corpus_lines(corpus: dict[str, Any]) -> list[str]:
+    """What was read in one line, and in one more for each part of a pool or mixture."""
     tokens = f"{corpus.get('tokens', 0):,} tokens"
     if "parts" in corpus:
         parts = [(part["weight"], part["corpus"]) for part in corpus["parts"]]
-        return [f"corpus   pool of {len(parts)} stores, {tokens}"] + [
-            f"         {weight:g} x {part.get('source', 'a pool')}, {part.get('tokens', 0):,} tokens"
-            for weight, part in parts
+        return [f"pool of {len(parts)} stores, {tokens}"] + [
+            f"{weight:g} x {part.get('source', 'a pool')}, {part.get('tokens', 0):,} tokens" for weight, part in parts
         ]
     if corpus.get("source") == "batches":
-        return [f"corpus   {corpus.get('batches', '?')} batches, {tokens}"]
+        return [f"{corpus.get('batches', '?')} batches, {tokens}"]
     source, split, count, length = (corpus.get(name, "?") for name in ("source", "split", "num_sequences", "seq_len"))
     mixture = corpus.get("mixture") or []
     source = f"mixture of {len(mixture)}" if mixture else source
     kind = "packed" if corpus.get("pack") else "padded"
-    return [f"corpus   {source}, {split}: {count} x {length}, {kind}, {tokens}"] + [
-        f"         {part['weight']} x {part['source']}, {part['sequences']:,} sequences, {part['tokens']:,} tokens"
+    return [f"{source}, {split}: {count} x {length}, {kind}, {tokens}"] + [
+        f"{part['weight']} x {part['source']}, {part['sequences']:,} sequences, {part['tokens']:,} tokens"
         for part in mixture
     ]
 

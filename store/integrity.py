@@ -20,7 +20,7 @@ from ..errors import StoreError
 from ..linear import weight_hash
 from .artifact import Store
 from .bases import Bases
-from .basis import BasisSet, LayerRecord, group_key
+from .basis import SHARES, BasisSet, LayerRecord, group_key
 from .format import schema
 from .format.documents import Layout, document
 from .manifest import basis_entries, files, site_entries
@@ -130,13 +130,21 @@ def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
     half: dict[str, list[Tensor]] = {}
     for name, parts in values.items():
         (half if name.startswith(f"{HALF}/") else own)[name.removeprefix(f"{HALF}/")] = parts
-    _sample(top, own, report)
+    drawn = own.pop("priorities", [])
+    own.pop("tokens", None)
+    if drawn and not _rising(drawn[0]):
+        report.add(f"{top}/priorities", "they do not rise from 0 to 1: these are not those of a sample")
+    _possible(top, own, report)
     if moment.half is not None:
-        _sample(f"{top}/{HALF}", half, report)
+        _possible(f"{top}/{HALF}", half, report)
         _others(top, own, half, moment.half.share, report)
 
 
-def _sample(top: str, values: Mapping[str, list[Tensor]], report: Report) -> None:
+def _rising(values: Tensor) -> bool:
+    return bool((values.diff() >= 0).all() and values[0] >= 0 and values[-1] <= 1)
+
+
+def _possible(top: str, values: Mapping[str, list[Tensor]], report: Report) -> None:
     """Whether arrays of a site, vectors or panels by name, can be the moments of one sample."""
     if "mean" not in values:
         return
@@ -212,8 +220,9 @@ def _layer(
 ) -> None:
     """Hash, orthonormality, order and, with its weight, the identity of one layer's basis."""
     where, basis_layer = f"bases/{basis.name}: {layer}", basis[layer]
+    shares = {role: values for role in SHARES for values in basis.shares(role, [layer]).values()}
     parts = {"U": basis_layer.U[:, : record.rank], "S": basis_layer.S[: record.rank], "P": basis_layer.P[: record.rank]}
-    _count(report, [*parts.values(), basis_layer.spectrum])
+    _count(report, [*parts.values(), basis_layer.spectrum, *shares.values()])
     stored = [(parts["U"].T, basis.dtype), (parts["P"], basis.dtype)]
     stored += [(parts["S"], "float64"), (basis_layer.spectrum, "float64")]
     if record.hash != schema.content_hash(schema.as_stored(value, dtype) for value, dtype in stored):
@@ -222,6 +231,9 @@ def _layer(
     known = _weight(layer, vars(record), weights, report)
     if not numerics:
         return
+    for role, values in shares.items():
+        if (values < 0).any() or float(values.sum()) > 1 + MOMENT_ROUNDING:
+            report.add(where, f"{role} are no shares of one output: they are below 0, or above 1 in all")
     eps = torch.finfo(schema.DTYPES[basis.dtype]).eps
     U, S, P = (parts[role].double() for role in "USP")
     off = float((U.T @ U - torch.eye(U.shape[1], dtype=torch.float64)).abs().max())

@@ -5,6 +5,8 @@ diagonal (d,)           E[x_i^2], where C is not kept
 output/<layer> (m, m)   E[y y^T] of y = W x without bias, m = d_out; lower-triangle chunks
 mean (d,)               E[x]
 half/...                the same arrays over the first half of the tokens, float32, where the calibration kept it
+tokens (n, d)           inputs of a uniform random sample of the tokens, float32, where the calibration kept one
+priorities (n,)         the random numbers by which they were taken, see sample.py
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from .display import html_table
 from .format import schema
 from .format.arrays import OTHER_VERSION
 from .format.untrusted import MOMENTS, SITE
-from .site import HALF, check_hashes, checked_half, combined, read_parts, site_arrays
+from .site import HALF, check_hashes, checked_half, checked_sample, combined, read_parts, site_arrays
 from .site import SiteData as SiteData
+
+IDLE = "no token of the data was routed to it"  # why an expert is skipped
 
 
 class LayerMoment:
-    """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`.
+    """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`, and
+    `.tokens`, a sample of `.sampled` inputs.
 
     sealed: the site's hash as /moments has it, "" where it has none.
     """
@@ -50,7 +55,8 @@ class LayerMoment:
         self.weight_hash = str(self.members[layer]["weight_hash"])
         self.share = 1.0
         self._half, self._prefix, self._group = checked_half(group, attrs), "", group
-        self.arrays = site_arrays(self.kind, shapes, self._half is not None)
+        self.sampled = checked_sample(group, attrs)
+        self.arrays = site_arrays(self.kind, shapes, self._half is not None, self.sampled)
         check_hashes(group, attrs, self.arrays)
 
     def __repr__(self) -> str:
@@ -71,7 +77,7 @@ class LayerMoment:
             return None
         part = copy.copy(self)
         part.count, part.share = self._half
-        part._half, part._prefix = None, f"{HALF}/"
+        part._half, part._prefix, part.sampled = None, f"{HALF}/", 0
         return part
 
     @property
@@ -91,17 +97,34 @@ class LayerMoment:
         """E[x_i^2] (d_in,), for every moment kind."""
         if self.kind == "full":
             return self.second_moment.diagonal().clone()
-        return self._vector("diagonal")
+        return self._whole("diagonal")
 
     @property
     def mean(self) -> Tensor:
         """E[x] (d_in,)."""
-        return self._vector("mean")
+        return self._whole("mean")
 
-    def _vector(self, name: str) -> Tensor:
+    @property
+    def tokens(self) -> Tensor | None:
+        """The inputs (n, d_in), float32, of a uniform random sample of the tokens; None where none was kept."""
+        return self._whole("tokens") if self.sampled else None
+
+    def squares(self) -> Tensor:
+        """`diagonal` (d_in,), of a full moment from the chunks on the diagonal of C alone: a fraction of its bytes.
+
+        These are checked by their checksums, not by the hash of all of C.
+        """
+        if self.kind != "full":
+            return self.diagonal
+        name = self._prefix + "second_moment"
+        array = schema.open_array(self._group, name, self.arrays[name])
+        blocks = [(slice(a, b), slice(a, b)) for a, b in schema.panels(self.shape[1])]
+        return torch.cat([block.diagonal() for block in schema.read_each([(array, block) for block in blocks])])
+
+    def _whole(self, name: str) -> Tensor:
         name = self._prefix + name
-        [(_, vector)] = read_parts(schema.open_array(self._group, name, self.arrays[name]), self._hashes[name])
-        return vector
+        [(_, values)] = read_parts(schema.open_array(self._group, name, self.arrays[name]), self._hashes[name])
+        return values
 
     def _symmetric(self, name: str) -> Tensor:
         """Read from the lower-triangle chunks; the strict upper triangle is mirrored."""

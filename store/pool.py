@@ -2,8 +2,8 @@
 
 n_i is the number of tokens of part i and w_i its weight (1 by default): with weights 1 the result is that of the joined
 corpus, with others a mixture in which each token of part i counts w_i times. The same holds for E[x], E[x_i^2] and
-E[y y^T]. One site of every part is in memory at a time. The pool is built beside what is there and put in place when it
-is whole.
+E[y y^T], and for the sample of tokens where all parts kept one. One site of every part is in memory at a time. The pool
+is built beside what is there and put in place when it is whole.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .checkpoint import finish
 from .format.schema import child, content_hash, disk_guard, is_url
 from .lock import writer_lock
 from .moments import begin_moments
+from .sample import TokenSample, joined, weighted
 from .site import SiteData, read_site, write_site
 from .staging import check_replaceable, occupied, overlap, replacement
 from .transfer import verified
@@ -85,7 +86,9 @@ def _write(
     begin_moments(root, sites, skipped)
     target, sources = child(root, "moments"), [child(part.root, "moments") for part in stores]
     for site in sites:
-        write_site(target, site, _combined([read_site(source, site) for source in sources], weights), dtype)
+        read = [read_site(source, site) for source in sources]
+        data = replace(_combined(read, weights), sample=_sample(read, weights, attrs["options"].get("keep_tokens", 0)))
+        write_site(target, site, data, dtype)
     finish(root, {"status": "complete"})
 
 
@@ -100,6 +103,12 @@ def _combined(parts: list[SiteData], weights: Sequence[float]) -> SiteData:
     # the weights by which each half has the share in the mixture that its tokens have
     own = [within / half.count for within, half in zip(inside, halves, strict=True)]
     return replace(data, half=replace(_mixed(halves, own), share=sum(inside) / total))
+
+
+def _sample(parts: Sequence[SiteData], weights: Sequence[float], size: int) -> TokenSample | None:
+    """The sample of one site over all parts; None where one of them kept none."""
+    kept = [weighted(part.sample, w) for part, w in zip(parts, weights, strict=True) if part.sample is not None]
+    return joined(kept, size) if size and len(kept) == len(parts) else None
 
 
 def _mixed(parts: Sequence[SiteData], weights: Sequence[float]) -> SiteData:
@@ -168,6 +177,8 @@ def _attributes(stores: Sequence[Store], weights: Sequence[float]) -> dict[str, 
     ]
     options = [part.options or {} for part in stores]
     common = {name: value for name, value in options[0].items() if all(other.get(name) == value for other in options)}
+    kept = min(other.get("keep_tokens", 0) for other in options)
+    common |= {"keep_tokens": kept} if kept > 0 else {}
     rounded = all(other.get("moment_dtype") == "float32" for other in options)
     known = [[part["id"], part["weight"]] for part in parts]
     return {

@@ -1,4 +1,4 @@
-"""The arrays of one site, as they are written and read back: of all tokens, and of the first half of them.
+"""The arrays of one site, as they are written and read back: of all tokens, of the first half of them, of a sample.
 
 An array of the half is stored as `half/<array>` beside those of all tokens, in float32.
 """
@@ -18,8 +18,10 @@ from .format import schema
 from .format.arrays import OTHER_VERSION, Region
 from .format.documents import check_size
 from .format.untrusted import SITE
+from .sample import TokenSample
 
 VECTORS = ("mean", "diagonal")
+SAMPLE = "sample"
 MOMENT_DTYPES = ("float64", "float32")
 HALF = "half"
 HALF_DTYPE = "float32"
@@ -31,7 +33,8 @@ class SiteData:
 
     members: layer name -> {"shape": [d_out, d_in], "weight_hash": str, "weight_dtype": str}; count: real tokens.
     second_moment and outputs are given as block-triangular panels (see `schema.panels`). half: the same of the first
-    tokens, which make up `share` of the moments (that of their count, unless tokens were weighted).
+    tokens, which make up `share` of the moments (that of their count, unless tokens were weighted). sample: of the
+    tokens, where one was kept.
     """
 
     kind: str
@@ -43,9 +46,10 @@ class SiteData:
     outputs: dict[str, list[Tensor]] | None = None
     half: SiteData | None = None
     share: float = 1.0
+    sample: TokenSample | None = None
 
     def arrays(self) -> dict[str, Tensor | list[Tensor]]:
-        """Its own arrays by name, without those of the half."""
+        """The arrays of its moments by name, without those of the half and of the sample."""
         arrays: dict[str, Tensor | list[Tensor]] = {"mean": self.mean}
         if self.second_moment is not None:
             arrays["second_moment"] = self.second_moment
@@ -54,8 +58,13 @@ class SiteData:
         return arrays | {f"output/{layer}": panels for layer, panels in (self.outputs or {}).items()}
 
 
-def site_arrays(kind: str, members: Mapping[str, tuple[int, int]], halved: bool = False) -> dict[str, schema.Layout]:
-    """The arrays of a site by name. members: layer -> (d_out, d_in); halved: with those of its first half."""
+def site_arrays(
+    kind: str, members: Mapping[str, tuple[int, int]], halved: bool = False, sampled: int = 0
+) -> dict[str, schema.Layout]:
+    """The arrays of a site by name. members: layer -> (d_out, d_in); halved: with those of its first half.
+
+    sampled: with a sample of so many tokens.
+    """
     d = next(iter(members.values()))[1]
     arrays = {"mean": schema.vector(d, *MOMENT_DTYPES)}
     if kind == "full":
@@ -66,7 +75,11 @@ def site_arrays(kind: str, members: Mapping[str, tuple[int, int]], halved: bool 
         arrays |= {f"output/{layer}": schema.symmetric(m, *MOMENT_DTYPES) for layer, (m, _) in members.items()}
     if halved:
         arrays |= {f"{HALF}/{name}": replace(layout, dtypes=(HALF_DTYPE,)) for name, layout in arrays.items()}
-    return arrays
+    return arrays | (_sample_arrays(sampled, d) if sampled else {})
+
+
+def _sample_arrays(n: int, d: int) -> dict[str, schema.Layout]:
+    return {"tokens": schema.rows(n, d, "float32"), "priorities": schema.vector(n, "float64")}
 
 
 def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None:
@@ -78,6 +91,9 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
         target.create_group(HALF)
         hashes |= _write_arrays(target, f"{HALF}/", data.half, HALF_DTYPE)
         attrs[HALF] = {"count": data.half.count, "share": data.half.share}
+    if data.sample is not None:
+        hashes |= _write_sample(target, data.sample)
+        attrs[SAMPLE] = len(data.sample.tokens)
     schema.put_attributes(target, {**attrs, "arrays": hashes, "hash": combined(hashes)})
 
 
@@ -101,6 +117,15 @@ def _write_arrays(target: zarr.Group, prefix: str, data: SiteData, dtype: str) -
     return hashes
 
 
+def _write_sample(target: zarr.Group, sample: TokenSample) -> dict[str, str]:
+    """Write the arrays of a sample; name -> content hash."""
+    hashes = {}
+    for name, layout in _sample_arrays(*sample.tokens.shape).items():
+        array = schema.create_array(target, name, layout)
+        hashes[name] = schema.content_hash([schema.write(array, (), getattr(sample, name))])
+    return hashes
+
+
 def read_site(group: zarr.Group, site: str) -> SiteData:
     """One site as `write_site` wrote it, symmetric matrices as panels. StoreError if it is damaged."""
     try:
@@ -110,10 +135,10 @@ def read_site(group: zarr.Group, site: str) -> SiteData:
     attrs = schema.attributes(stored, SITE)
     hashes: dict[str, str] = attrs["arrays"]
     shapes = {layer: schema.check_shape(member["shape"], layer) for layer, member in attrs["members"].items()}
-    part = checked_half(stored, attrs)
+    part, sampled = checked_half(stored, attrs), checked_sample(stored, attrs)
     # the sums of a checkpoint name no members
     layouts = (
-        site_arrays(attrs["kind"], shapes, part is not None)
+        site_arrays(attrs["kind"], shapes, part is not None, sampled)
         if shapes
         else {name: _own_layout(stored, name) for name in hashes}
     )
@@ -121,6 +146,8 @@ def read_site(group: zarr.Group, site: str) -> SiteData:
     opened = schema.open_arrays(stored, layouts)
     parts = {name: [panel for _, panel in read_parts(opened[name], hashes[name])] for name in layouts}
     whole = _data(attrs, int(attrs["count"]), {name: value for name, value in parts.items() if not _of_half(name)})
+    if sampled:
+        whole = replace(whole, sample=TokenSample(parts["tokens"][0], parts["priorities"][0]))
     if part is None:
         return whole
     count, share = part
@@ -152,6 +179,14 @@ def checked_half(group: zarr.Group, attrs: Mapping[str, Any]) -> tuple[int, floa
     return count, share
 
 
+def checked_sample(group: zarr.Group, attrs: Mapping[str, Any]) -> int:
+    """How many of a site's tokens were kept by its attributes, 0 where it has no sample. StoreError if damaged."""
+    n = attrs.get(SAMPLE, 0)
+    if SAMPLE in attrs and not (schema.is_count(n, 1) and n <= attrs["count"]):
+        raise StoreError(f"{group.store_path} has a sample of {n} of {attrs['count']} tokens: it is damaged")
+    return n
+
+
 def _of_half(name: str) -> bool:
     return name.startswith(f"{HALF}/")
 
@@ -161,9 +196,12 @@ def _own_layout(group: zarr.Group, name: str) -> schema.Layout:
     for part in name.split("/"):
         schema.check_name(part, "array")
     shape = schema.stored_shape(group, name)
+    if name == "tokens" and len(shape) == 2 and all(schema.is_count(size, 1) for size in shape):
+        return schema.rows(*shape, "float32")
     if not shape or not schema.is_count(shape[0], 1):
         raise StoreError(f"{group.store_path}/{name} has the shape {shape!s:.80}: the store is damaged")
-    return (schema.vector if name.removeprefix(f"{HALF}/") in VECTORS else schema.symmetric)(shape[0], *MOMENT_DTYPES)
+    vector = name.removeprefix(f"{HALF}/") in (*VECTORS, "priorities")
+    return (schema.vector if vector else schema.symmetric)(shape[0], *MOMENT_DTYPES)
 
 
 def combined(hashes: Mapping[str, str]) -> str:
@@ -182,8 +220,8 @@ def check_hashes(group: zarr.Group, attrs: Mapping[str, Any], layouts: Mapping[s
 
 
 def read_parts(array: schema.Array, known: str) -> Iterator[tuple[Region, Tensor]]:
-    """A vector, or a symmetric matrix panel by panel, with their places; StoreError at the end of one whose hash is
-    not `known`.
+    """A symmetric matrix panel by panel, any other array at once, with their places; StoreError at the end of one whose
+    hash is not `known`.
     """
     digest, layout = xxhash.xxh3_128(), array.layout
     panels = [(slice(a, b), slice(0, b)) for a, b in schema.panels(layout.shape[0])]

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from prep.store import open_store
+from prep.store.format.schema import child
+from prep.store.site import read_site
 
 GIGABYTE = 2**30
 
@@ -21,6 +23,9 @@ def everything(path):
         one = moments[layer]
         out[layer] = [one.kind, one.count, one.members, one.hash, one.shape, one.mean.tolist(), one.diagonal.tolist()]
         out[layer].append(_matrix(one))
+        if one.sampled:
+            priorities = read_site(child(store.root, "moments"), one.site).sample.priorities
+            out[layer] += [one.tokens.tolist(), priorities.tolist()]
         if (half := one.half) is not None:
             out[f"half of {layer}"] = [
                 half.count,
@@ -34,6 +39,8 @@ def everything(path):
         for layer, one in basis.read().items():
             values = (one.U, one.S, one.P, one.spectrum)
             out[f"{name} {layer}"] = [asdict(one.record), *(value.double().tolist() for value in values)]
+        for role in ("kept", "unseen"):
+            out[f"{role} of {name}"] = {layer: values.tolist() for layer, values in basis.shares(role).items()}
     return out
 
 

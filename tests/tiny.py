@@ -146,24 +146,28 @@ METHODS = {  # of the bases in the stores that are not calibrated
 }
 
 
-def store(path: Path, net: nn.Module, names: tuple[str, ...] = ("full",), rank: int = 16) -> Path:
-    """A store with the named bases of the model's layers, for random second moments; computed in float64."""
+def store(path: Path, net: nn.Module, names: tuple[str, ...] = ("full",), rank: int = 16, shares: bool = True) -> Path:
+    """A store with the named bases of the model's layers, for random second moments; computed in float64.
+
+    shares: the bases say what their directions keep.
+    """
     model_attrs = {"id": "tiny", "revision": None, "class": "Tiny", "config_hash": "0", "dtype": "float32"}
     members = layers(net)
     first = weight_hash(weight_matrix(next(iter(members.values()))))
     attrs = {"id": f"{path.name}-{first}", "model": model_attrs, "corpus": None, "options": None}
     root = create_store(path, {**attrs, "status": "complete", "prep_version": "0", "run": {}}).root
     for name in names:
-        write_basis(root, name, members, rank, model_attrs)
+        write_basis(root, name, members, rank, model_attrs, shares)
     return path
 
 
-def write_basis(root, name: str, members: dict[str, nn.Module], rank: int, model_attrs: dict) -> None:
+def write_basis(root, name: str, members: dict[str, nn.Module], rank: int, model_attrs: dict, shares: bool) -> None:
     rng = np.random.default_rng(0)
     groups: dict = {}
     for layer, module in members.items():
         shape = layer_shape(module)
-        group = groups.setdefault(shape, {"layers": [], "rank": min(rank, *shape), "spectrum": min(shape)})
+        sizes = {"rank": min(rank, *shape), "spectrum": min(shape), "shares": ["kept"] if shares else []}
+        group = groups.setdefault(shape, {"layers": [], **sizes})
         group["layers"].append(layer)
     method = {**METHODS.get(name, METHODS["full"]), "rank": rank}
     writer = BasisWriter.create(root, name, method=method, dtype="float32", model=model_attrs, groups=groups)
@@ -184,7 +188,8 @@ def write_basis(root, name: str, members: dict[str, nn.Module], rank: int, model
             weight_dtype=str(weight_matrix(module).dtype).removeprefix("torch."),
         )
         arrays = (torch.from_numpy(np.ascontiguousarray(part)) for part in (U, S, P, spectrum))
-        writer.note(writer.put(layer, *arrays, record))
+        kept = torch.from_numpy(S**2 / (spectrum**2).sum())
+        writer.note(writer.put(layer, *arrays, record, {"kept": kept}))
     writer.finish()
 
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PrepError, did_you_mean
+from ...files import written
 from ...store import BasisSet, Store, open_store
 from ...store.format.schema import disk_guard
-from ..files import written
 from . import eva
 from .lora import check_stored, describe, factors
 from .start import require_peft

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PrepError, did_you_mean
+from ...files import readable
 from ...linear import is_plain, weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store, open_store
+from ...store.ranks import as_pattern, choice
 from ..attach import find_layers, refuse_adapted
 from ..drift import by_hash, check_verify, check_weight
-from ..files import readable
 from . import eva
 from .lora import check_stored, describe, factors
 
@@ -60,7 +61,7 @@ def get_model(
     model: nn.Module,
     store: str | Path | Store,
     init: str,
-    r: int = 8,
+    r: int | str = 8,
     lora_alpha: float = 8,
     *,
     basis: str | None = None,
@@ -71,31 +72,36 @@ def get_model(
 ) -> Any:
     """The model as a PEFT `PeftModel` whose LoRA weights start from the store; the model itself is changed, as by PEFT.
 
-    store: its path, URL, or the opened store. r, lora_alpha, adapter_name, autocast_adapter_dtype: as in PEFT.
+    store: its path, URL, or the opened store. r, lora_alpha, adapter_name, autocast_adapter_dtype: as in PEFT. As r, a
+    budget such as "2M" or "95%" chooses a rank for each layer of a residual init, as `ranks` does.
     init: a row of INITS. basis: another basis of the store than the init's own. verify: check that the basis was made
     from this model's weights. lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the layers
     of the basis. `save` writes what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual, and
     PEFT refuses to load it.
 
     PrepError or StoreError before anything is changed: unknown init, missing basis, a layer or rank that is not
-    stored, a quantised base under a residual init, options that change what A and B mean.
+    stored, a budget that cannot be met, a quantised base under a residual init, options that change what A and B mean.
     """
     peft = require_peft()
     _check_model(model, init, lora_config)
+    _check_budget(r, init, lora_config)
     check_verify(verify)
     opened = store if isinstance(store, Store) else open_store(store)
     bases = None if init == "lora" else open_basis(opened, init, basis)
     if init == "eva":
         lora_config.setdefault("eva_config", peft.EvaConfig())
-    config = peft.LoraConfig(
-        r=r, lora_alpha=lora_alpha, init_lora_weights="eva" if init == "eva" else True, **lora_config
-    )
+    start = "eva" if init == "eva" else True
+    rank = 1 if isinstance(r, str) else r  # of a budget, until the layers are known
+    config = peft.LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights=start, **lora_config)
     ranks = _targets(model, config, _layers(opened, bases))
     adapt = partial(peft.get_peft_model, model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     if bases is None:
         return adapt()
     _check_options(config, init)
     check_stored(bases, ranks)
+    if isinstance(r, str):
+        ranks = choice(opened, bases, r, list(ranks)).ranks
+        config.r, config.rank_pattern = max(ranks.values()), as_pattern(ranks)
     modules = find_layers(model, {layer: bases.layers[layer].shape for layer in ranks})
     if init == "eva":
         A = eva.components(opened, bases, ranks, config.eva_config.rho, config.eva_config.whiten)
@@ -108,7 +114,7 @@ def get_model(
         _start_eva(adapted, adapter_name, A, autocast_adapter_dtype)
         return adapted
     _check_residual(model, modules, init)
-    read = bases.read(ranks, max(ranks.values()))
+    read = bases.read(ranks, ranks)
     if verify:
         _check_weights(modules, bases, read, verify)
     adapted = adapt()
@@ -187,6 +193,17 @@ def _check_model(model: nn.Module, init: str, lora_config: Mapping[str, Any]) ->
         raise PrepError("the model has PEFT adapters already: give the base model")
     if "init_lora_weights" in lora_config:
         raise PrepError(f"init_lora_weights is chosen by init={init!r}: leave it out")
+
+
+def _check_budget(r: int | str, init: str, lora_config: Mapping[str, Any]) -> None:
+    """PrepError where ranks are not chosen by a budget."""
+    if not isinstance(r, str):
+        return
+    if init in ("eva", "lora"):
+        why = "redistributes its ranks itself" if init == "eva" else "has no basis to choose ranks by"
+        raise PrepError(f"r={r!r} is a budget, and init {init!r} {why}: give r as a number, or ranks as rank_pattern")
+    if lora_config.get("rank_pattern"):
+        raise PrepError(f"r={r!r} chooses the rank of every layer: leave out rank_pattern")
 
 
 def _layers(store: Store, bases: BasisSet | None) -> list[str]:

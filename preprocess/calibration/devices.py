@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
@@ -13,8 +13,8 @@ from ..model.experts import home
 from ..model.forward import evaluating
 from ..model.network import Network
 from ..model.placement import input_device
-from ..model.sites import Site
-from ..numerics.accumulators import site_elements
+from ..options import CovarianceOptions
+from .plan import site_bytes, tokens_kept
 
 ACCELERATORS = ["cuda"]  # kinds of device that can add in float64
 RESERVE = 3 * 10**9  # bytes of a device that are left for the products of a batch
@@ -22,12 +22,13 @@ RESERVE = 3 * 10**9  # bytes of a device that are left for the products of a bat
 Placed = dict[str, torch.device]  # site name -> the device of its layers
 
 
-def place_sums(network: Network, source: Source, limit: int | None, world: World) -> tuple[Placed, int]:
+def place_sums(network: Network, source: Source, options: CovarianceOptions, world: World) -> tuple[Placed, int]:
     """The device of every site's sums, and the bytes that the sums of one pass may take on each; no device: the host.
 
-    limit: bytes of each device, 0 for the host; by default what one batch leaves free, less RESERVE. The host is taken
-    as well where a device is none of ACCELERATORS, or a site alone is larger than the limit.
+    `room` of the options: bytes of each device, 0 for the host; by default what one batch leaves free, less RESERVE.
+    The host is taken as well where a device is none of ACCELERATORS, or a site alone is larger than the limit.
     """
+    limit = options.room
     devices = {site.name: input_device(home(network.layers[site.name])) for site in network.sites}
     possible = limit != 0 and all(device.type in ACCELERATORS for device in devices.values())
     if not all(world.all_gather(possible)):
@@ -35,7 +36,9 @@ def place_sums(network: Network, source: Source, limit: int | None, world: World
     if limit is None:
         limit = _room(network, source, set(devices.values()))
     limit = min(world.all_gather(limit))
-    return (devices, limit) if _largest(network.sites, network.kinds) <= limit else ({}, 0)
+    sampled = tokens_kept(options, source)
+    largest = max(site_bytes(site, network.kinds[site.name], sampled) for site in network.sites)
+    return (devices, limit) if largest <= limit else ({}, 0)
 
 
 def _room(network: Network, source: Source, devices: Iterable[torch.device]) -> int:
@@ -48,7 +51,3 @@ def _room(network: Network, source: Source, devices: Iterable[torch.device]) -> 
 
 def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-
-
-def _largest(sites: Iterable[Site], kinds: Mapping[str, str]) -> int:
-    return max(8 * site_elements(kinds[site.name], site.shapes) for site in sites)

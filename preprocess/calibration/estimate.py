@@ -25,20 +25,22 @@ from ..options import CovarianceOptions
 from ..progress import say
 from .devices import place_sums
 from .part import Batch, Part
-from .plan import make_plan
+from .plan import make_plan, tokens_kept
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a calibration takes: counts, bytes and seconds.
 
-    memory: peak of the process; device_memory: peak of one GPU, 0 where the sums are on the host; accumulators: the
-    moments under way on either; disk: of the finished store; checkpoint: what an unfinished run takes beside it.
+    tokens: that are read; first: sequences before them, whose moments a smaller store has. memory: peak of the process;
+    device_memory: peak of one GPU, 0 where the sums are on the host; accumulators: the moments and tokens under way on
+    either; disk: of the finished store; checkpoint: what an unfinished run takes beside it.
     """
 
     layers: int
     sites: int
     tokens: int
+    first: int
     passes: int
     accumulators: int
     memory: int
@@ -50,30 +52,43 @@ class Estimate:
 
 def announce(options: CovarianceOptions, source: Text) -> None:
     """Say, before it takes its time, what a dry run does."""
-    of, sample = len(source.corpus.sequences), source.batch_size + 1
+    of, sample = source.sequences, source.batch_size + 1
     runs = f"runs a sample, {sample:,} of {of:,} sequences a pass" if sample < of else "runs one batch"
     say(f"dry run: loads the model and {runs}; nothing is stored", options.quiet)
 
 
 def estimate(options: CovarianceOptions, network: Network, source: Text, loading: float) -> Estimate:
     """Run a sequence and then the first batch through every pass, and extrapolate. loading: seconds until now."""
-    devices, limit = place_sums(network, source, options.room, ALONE)
-    budget = limit if devices else options.budget
-    halves = options.halves and source.half > 0
-    plan = make_plan(network.sites, network.kinds, budget, options.moment_dtype, devices=devices, halves=halves)
-    batches = len(source.corpus.sequences) / source.batch_size
+    devices, limit = place_sums(network, source, options, ALONE)
+    plan = make_plan(
+        network.sites,
+        network.kinds,
+        limit if devices else options.budget,
+        options.moment_dtype,
+        devices=devices,
+        halves=options.halves and (source.half > 0 or source.first > 0),
+        sampled=tokens_kept(options, source),
+    )
+    batches = source.sequences / source.batch_size
     inputs = next(source.read())
     seconds = loading
     with evaluating(network.module), exact():
         for sites in plan.passes:
-            exactly = options.products == "exact"
-            part = Part(network, sites, whole=len(plan.passes) == 1, devices=devices, exact=exactly)
+            part = Part(
+                network,
+                sites,
+                whole=len(plan.passes) == 1,
+                devices=devices,
+                exact=options.products == "exact",
+                sampled=options.keep_tokens,
+            )
             seconds += _seconds_per_batch(part, inputs, source) * batches
             seconds += _seconds_to_write(part, network, options.moment_dtype)
     return Estimate(
         layers=sum(len(site.members) for site in network.sites),
         sites=len(network.sites),
         tokens=source.total,
+        first=source.first,
         passes=len(plan.passes),
         accumulators=plan.memory,
         memory=peak_memory(),
@@ -88,9 +103,9 @@ def _seconds_per_batch(part: Part, inputs: Inputs, source: Text) -> float:
     """Of the first batch, once its first sequence has paid for fresh memory and for the libraries' start."""
     one = {name: value[:1] for name, value in inputs.items()}
     with part.hooked():
-        part.add(Batch(0, one, source.masks(one)))
+        part.add(Batch(0, one, source.masks(one), source.keys(0)[:1]))
         begun = time.monotonic()
-        part.add(Batch(0, inputs, source.masks(inputs)))  # which waits for the devices
+        part.add(Batch(0, inputs, source.masks(inputs), source.keys(0)))  # which waits for the devices
         return time.monotonic() - begun
 
 
@@ -110,9 +125,10 @@ def lines(needed: Estimate) -> list[str]:
     """What `--dry-run` prints."""
     sums = f", of which {needed.accumulators / 1e9:.2f} GB are accumulators"
     on_device = needed.device_memory > 0
+    after = f", after the {needed.first} sequences that are there" if needed.first else ""
     rows = [
         ("layers", f"{needed.layers:,} in {needed.sites:,} sites"),
-        ("passes", f"{needed.passes} over {needed.tokens:,} tokens"),
+        ("passes", f"{needed.passes} over {needed.tokens:,} tokens{after}"),
         ("memory", f"{needed.memory / 1e9:.2f} GB{'' if on_device else sums}"),
         *([("gpu", f"{needed.device_memory / 1e9:.2f} GB{sums}")] if on_device else []),
         ("disk", f"{needed.disk / 1e9:.2f} GB, up to {needed.checkpoint / 1e9:.2f} GB more while it runs"),

@@ -6,25 +6,29 @@ same life cycle: `attach`, then calls by the model, then `release`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import PrepError
 from ...linear import parameter, weight_matrix
-from ..model.experts import home
+from ..model.experts import ExpertLinear, home
 from ..model.sites import Site, layer_input
 from ..numerics.accumulators import SiteSums
 from ..numerics.device_sums import DeviceSums
+from ..numerics.sample import Key, priorities
 
 
 class RealRows:
     """Which rows of the batch under way are real tokens, by the name of a mask.
 
     masks: name -> (indices of the real rows or None where all are real, number of all rows). empty: no row counts.
+    Rows have priorities (see numerics/sample.py), which `of` does not need.
     """
 
     number = 0
@@ -34,12 +38,21 @@ class RealRows:
         self.masks: dict[str, tuple[Tensor | None, int]] = {}
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
         self._sequences = 0
+        self._keys: Sequence[Key] = ()
+        self._given: Mapping[str, Tensor] = {}
+        self._calls: Counter[str] = Counter()
+        self._drawn: dict[Any, np.ndarray] = {}
+        self._routed: tuple[Tensor, np.ndarray] | None = None
 
-    def begin(self, number: int, masks: Mapping[str, Tensor] | None) -> None:
-        """The batch `number` with its masks (B, T), zero on padding; None for a batch that does not count."""
-        self.number, self.empty = number, masks is None
+    def begin(self, number: int, masks: Mapping[str, Tensor] | None, keys: Sequence[Key] = ()) -> None:
+        """The batch `number` with its masks (B, T), zero on padding; None for a batch that does not count.
+
+        keys: of its sequences, or of all its rows.
+        """
+        self.number, self.empty, self._keys, self._given = number, masks is None, keys, masks or {}
         self.masks, self._moved, self._sequences = {}, {}, 0
-        for name, mask in (masks or {}).items():
+        self._calls, self._drawn, self._routed = Counter(), {}, None
+        for name, mask in self._given.items():
             rows = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
             self.masks[name] = rows, mask.numel()
             self._sequences = len(mask)
@@ -64,6 +77,38 @@ class RealRows:
             f"the input of {site.name} has {len(flat)} rows in batch {self.number} of {size} tokens, so its padding "
             "cannot be told: use batches without padding or leave it out with --exclude"
         )
+
+    def priorities(self, n: int, site: Site, layer: nn.Module) -> np.ndarray:
+        """Priorities (n,) of the rows that `of` gave for the call of a site's layer under way."""
+        if not n:
+            return np.zeros(0)
+        call = self._calls[site.name]
+        self._calls[site.name] += 1
+        if not isinstance(layer, ExpertLinear):
+            return self._draw(n, site.mask, call)
+        if layer.rows is None:
+            return priorities(self._keys[:1], [n], call)
+        rows, of = layer.rows
+        if self._routed is None or self._routed[0] is not rows:  # both projections of an expert have the same
+            self._routed = rows, rows.cpu().numpy()
+        return self._draw(of, site.mask, call)[self._routed[1]]
+
+    def _draw(self, n: int, mask: str, call: int) -> np.ndarray:
+        """Priorities (n,) of the rows of a stream of tokens: the same for all sites that read it."""
+        place = n, mask, call
+        if place not in self._drawn:
+            self._drawn[place] = priorities(*self._split(n, mask), call)
+        return self._drawn[place]
+
+    def _split(self, n: int, mask: str) -> tuple[Sequence[Key], list[int]]:
+        """Keys and numbers of rows of the sequences that n rows are of; one key for all where that is not known."""
+        keys = self._keys
+        if mask in self._given:
+            given = self._given[mask]
+            real = given.reshape(len(keys), -1).count_nonzero(1).tolist() if given.numel() % len(keys) == 0 else []
+            if sum(real) == n:
+                return keys, real
+        return (keys, [n // len(keys)] * len(keys)) if n % len(keys) == 0 else (keys[:1], [n])
 
 
 class SiteHooks:
@@ -99,10 +144,10 @@ class SiteHooks:
             handle.remove()
         self._handles, self._shared = [], None
 
-    def _take_input(self, member: str, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _take_input(self, member: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         x, members = layer_input(args, kwargs), self._site.members
         if member == members[0]:
-            self._add(x)
+            self._add(x, layer)
             self._shared = x, x._version
         elif self._shared is None or x is not self._shared[0] or x._version != self._shared[1]:
             raise PrepError(
@@ -112,12 +157,15 @@ class SiteHooks:
         if member == members[-1]:
             self._shared = None
 
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor, layer: nn.Module) -> None:
         if self._compat == "peft-corda":
             own = x[:0] if self._rows.empty else x
             self._sums.add_input(scaled_by_sequence(own), self._rows.number, count=len(own))
         else:
-            self._sums.add_input(self._rows.of(x, self._site), self._rows.number)
+            X, sample = self._rows.of(x, self._site), self._sums.sample
+            self._sums.add_input(X, self._rows.number)
+            if sample is not None:
+                sample.add(X, self._rows.priorities(len(X), self._site, layer))
 
     def _take_output(self, member: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         if y.dtype in (torch.float32, torch.float64):

@@ -20,7 +20,7 @@ from ...store import SiteData, Store, begin_moments, create_store, open_store, w
 from ...store.checkpoint import begin_half, begin_slot, finish, read_sums, use_slot, write_half, write_sums
 from ...store.format.schema import DTYPES, disk_guard, put_attributes
 from ...store.lock import writer_lock
-from ...store.moments import skip_sites
+from ...store.moments import IDLE, skip_sites
 from ...store.staging import put_in_place, resolved
 from ..corpus.source import Source
 from ..distributed import World
@@ -32,7 +32,7 @@ from ..options import CovarianceOptions
 from ..progress import Progress, say
 from .devices import place_sums
 from .part import Batch, Part
-from .plan import Plan, make_plan, too_few_tokens
+from .plan import Plan, make_plan, tokens_kept, too_few_tokens
 from .run import Run
 from .signals import Signals
 from .state import State, look, undo
@@ -40,7 +40,6 @@ from .sums import stored_sums, whole_sums, with_half
 from .writers import Writers
 
 CHECKPOINT_SHARE = 0.1  # of the time may go into writing checkpoints: large states are written less often than asked
-_IDLE = "no token of the data was routed to it"
 
 
 class Calibration:
@@ -68,7 +67,7 @@ class Calibration:
             self._done, self._batches = set(state.done), state.batches
             self._first, self._base = state.first, state.base(self._options)
             self._source = self._source.after(state.first)
-            sources = (self._network, self._source, self._options.room, self._world)
+            sources = (self._network, self._source, self._options, self._world)
             self._devices, self._limit = ({}, 0) if self._complete else place_sums(*sources)
             plan = self._world.on_all(self._plan)
             self._passes = plan.passes
@@ -107,6 +106,7 @@ class Calibration:
                 world=self._world,
                 devices=self._devices,
                 exact=self._options.products == "exact",
+                sampled=self._options.keep_tokens,
             )
             self._restore(part)
             yield part
@@ -119,7 +119,7 @@ class Calibration:
             if inputs is None:  # the last round has none for this process
                 yield Batch(number, self._source.example(), None)
             else:
-                yield Batch(number, inputs, self._source.masks(inputs))
+                yield Batch(number, inputs, self._source.masks(inputs), self._source.keys(number))
             self._added(number, part)
 
     def write(self, part: Part) -> None:
@@ -133,7 +133,7 @@ class Calibration:
         if lost:
             raise PrepError(f"no token reached {lost[0]}: use more data or leave it out with --exclude")
         root = self._begin()
-        self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), _IDLE))
+        self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), IDLE))
         with Writers() as writers:
             for site in part.sites:
                 sums = part.sums.pop(site.name)
@@ -174,8 +174,17 @@ class Calibration:
         left = [] if self._complete else [site for site in self._network.sites if site.name not in self._done]
         options = self._options
         budget = self._limit if self._devices else options.budget
-        kinds, halves = self._network.kinds, options.halves and (self._source.half > 0 or self._first > 0)
-        plan = make_plan(left, kinds, budget, options.moment_dtype, self._stored, self._devices, halves)
+        plan = make_plan(
+            left,
+            self._network.kinds,
+            budget,
+            options.moment_dtype,
+            self._stored,
+            self._devices,
+            halves=options.halves and (self._source.half > 0 or self._first > 0),
+            sampled=tokens_kept(options, self._source),
+            samples=1 if self._devices else self._world.local_size,
+        )
         if len(plan.passes) > 1 and self._source.once:
             raise PrepError(
                 f"{len(plan.passes)} passes are needed and an iterator gives its batches once: "
@@ -255,7 +264,7 @@ class Calibration:
             for name, sums in part.sums.items():
                 if not counts[name]:
                     continue
-                if (data := whole_sums(part, name, sums, counts, self._world)) is not None:
+                if (data := whole_sums(part, name, sums, counts, self._world, sampled=False)) is not None:
                     writers.submit(write_half, root, name, data)
         self._world.barrier()
 

@@ -17,16 +17,21 @@ from ..model.network import Network
 from ..model.sites import Site
 from ..numerics.accumulators import SiteSums, not_finite, site_elements
 from ..numerics.device_sums import DeviceSums
+from ..numerics.sample import Key
 from .hooks import ExpertTurns, RealRows, SiteHooks, expert_turns
 
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: what the model is called with. masks: (B, T) by name, zero on padding; None for a batch not counted."""
+    """inputs: what the model is called with. masks: (B, T) by name, zero on padding; None for a batch not counted.
+
+    keys: what the tokens of each of its sequences, or of all, are drawn by (see numerics/sample.py).
+    """
 
     number: int
     inputs: Inputs
     masks: Mapping[str, Tensor] | None
+    keys: Sequence[Key] = ()
 
 
 class _DeepestSite(Exception):
@@ -36,9 +41,10 @@ class _DeepestSite(Exception):
 class Part:
     """The sites of one pass and their sums. `with part.hooked(): part.add(batch)` adds what a batch shows of them.
 
-    whole: False ends each forward at the last of `sites`, which are in call order. compat: "peft-corda" for PEFT's
-    sums (see `scaled_by_sequence`). devices: site name -> where its sums are kept, then by each process its own; on the
-    host by default. exact: products of float32 on a device, too. owners: which local rank writes a site.
+    whole: False ends each forward at the last of `sites`, which are in call order, unless one is called again. compat:
+    "peft-corda" for PEFT's sums (see `scaled_by_sequence`). devices: site name -> where its sums are kept, then by each
+    process its own; on the host by default. exact: products of float32 on a device, too. sampled: so many tokens of
+    every site are kept. owners: which local rank writes a site.
     """
 
     def __init__(
@@ -51,16 +57,18 @@ class Part:
         world: World = ALONE,
         devices: Mapping[str, torch.device] | None = None,
         exact: bool = False,
+        sampled: int = 0,
     ):
         self.sites, self.owners = tuple(sites), owners(sites, network.kinds, world)
         self.sums: dict[str, SiteSums | DeviceSums] = {}
         for site in sites:
+            kind = network.kinds[site.name]
             if devices:
-                self.sums[site.name] = device_sums(site, network.kinds[site.name], devices[site.name], exact)
+                self.sums[site.name] = device_sums(site, kind, devices[site.name], exact, sampled)
             else:
-                self.sums[site.name] = host_sums(site, network.kinds[site.name], world, self.owners[site.name])
+                self.sums[site.name] = host_sums(site, kind, world, self.owners[site.name], sampled)
         self.on_devices = bool(devices)
-        self._network, self._whole = network, whole
+        self._network, self._whole = network, whole or not all(site.once for site in sites)
         self._rows = RealRows()
         self._masks: dict[nn.Module, str] = {}  # of the modules of fused experts
         layers = network.layers
@@ -93,7 +101,7 @@ class Part:
 
         PrepError for NaN or infinite activations, and where padding cannot be told from tokens.
         """
-        self._rows.begin(batch.number, batch.masks)
+        self._rows.begin(batch.number, batch.masks, batch.keys)
         with torch.no_grad(), contextlib.suppress(_DeepestSite):
             self._network.forward(batch.inputs)
         if self.on_devices:
@@ -120,14 +128,15 @@ def owners(sites: Sequence[Site], kinds: Mapping[str, str], world: World) -> dic
     return dealt({site.name: site_elements(kinds[site.name], site.shapes) for site in sites}, world.local_size)
 
 
-def host_sums(site: Site, kind: str, world: World = ALONE, owner: int = 0) -> SiteSums:
+def host_sums(site: Site, kind: str, world: World = ALONE, owner: int = 0, sampled: int = 0) -> SiteSums:
     """Empty sums on the host, kept by one of the processes."""
-    return SiteSums(site.name, kind, site.d_in, _widths(site), world.collector(owner), owner == world.local_rank)
+    collect, kept = world.collector(owner), owner == world.local_rank
+    return SiteSums(site.name, kind, site.d_in, _widths(site), collect, kept, sampled)
 
 
-def device_sums(site: Site, kind: str, device: torch.device, exact: bool = False) -> DeviceSums:
+def device_sums(site: Site, kind: str, device: torch.device, exact: bool = False, sampled: int = 0) -> DeviceSums:
     """Empty sums on a device, of this process alone."""
-    return DeviceSums(site.name, kind, site.d_in, _widths(site), device, exact)
+    return DeviceSums(site.name, kind, site.d_in, _widths(site), device, exact, sampled)
 
 
 def _widths(site: Site) -> dict[str, int]:

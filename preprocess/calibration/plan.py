@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import PrepError
+from ..corpus.source import Source
 from ..model.network import Network
 from ..model.sites import Site
 from ..numerics.accumulators import site_elements
+from ..options import CovarianceOptions
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Passes in order, each a list of sites in call order; bytes of the largest pass's accumulators and of the store.
+    """Passes in order, each a list of sites in call order; bytes of the largest pass's accumulators, with the tokens
+    that it keeps, and of the store.
 
     checkpoint: bytes that the state of an unfinished run takes beside the moments, in two slots.
     """
@@ -34,30 +37,53 @@ def make_plan(
     under_way: Collection[str] = (),
     devices: Mapping[str, Any] | None = None,
     halves: bool = False,
+    sampled: int = 0,
+    samples: int = 1,
 ) -> Plan:
     """Cut `sites` into as few passes as the budget (bytes) allows, filling each in call order.
 
     devices: site name -> the device that keeps its sums; each has the budget. All on the host by default.
 
     under_way: names of sites of which an interrupted pass has left sums. They make up the first pass, as many as fit;
-    the others begin anew. halves: the moments of the first half are kept too, in float32. PrepError if one site alone
-    is over the budget.
+    the others begin anew. halves: the moments of the first half are kept too, in float32. sampled: tokens that are kept
+    of every site, by as many processes as there are `samples`. PrepError if one site alone is over the budget.
     """
-    sizes = {site.name: 8 * site_elements(kinds[site.name], site.shapes) for site in sites}
+    sums = sum(8 * site_elements(kinds[site.name], site.shapes) for site in sites)
+    tokens = sum(sample_bytes(site, sampled) for site in sites)
+    sizes = {site.name: site_bytes(site, kinds[site.name], samples * sampled) for site in sites}
     places = devices or dict.fromkeys(sizes, "host")
-    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places)[:1]
+    fewer = ", or fewer --keep-tokens" if sampled else ""
+    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places, fewer)[:1]
     rest = [site for site in sites if not first or site not in first[0]]
-    passes = [*first, *_filled(rest, sizes, budget, places)]
+    passes = [*first, *_filled(rest, sizes, budget, places, fewer)]
     memory = max((sum(sizes[site.name] for site in part) for part in passes), default=0)
-    stored = sum(sizes.values()) // (1 if moment_dtype == "float64" else 2)
-    half = sum(sizes.values()) // 2 if halves else 0
-    return Plan(tuple(map(tuple, passes)), memory, stored + half, 2 * memory + half)
+    stored = sums // (1 if moment_dtype == "float64" else 2)
+    half = sums // 2 if halves else 0
+    return Plan(tuple(map(tuple, passes)), memory, stored + half + tokens, 2 * memory + half)
+
+
+def site_bytes(site: Site, kind: str, sampled: int) -> int:
+    """What a site's accumulators take, with a sample of so many tokens."""
+    return 8 * site_elements(kind, site.shapes) + sample_bytes(site, sampled)
+
+
+def sample_bytes(site: Site, sampled: int) -> int:
+    """What so many tokens of a site take, in float32, with their priorities."""
+    return sampled * (4 * site.d_in + 8)
+
+
+def tokens_kept(options: CovarianceOptions, source: Source) -> int:
+    """How many tokens of a site are kept: what was asked for, fewer where the text is shorter."""
+    return min(options.keep_tokens, source.tokens if source.tokens is not None else options.keep_tokens)
 
 
 def _filled(
-    sites: Sequence[Site], sizes: Mapping[str, int], budget: int, places: Mapping[str, Any]
+    sites: Sequence[Site], sizes: Mapping[str, int], budget: int, places: Mapping[str, Any], fewer: str
 ) -> list[list[Site]]:
-    """The sites in order, a new pass begun where the next one would be over the budget of its place."""
+    """The sites in order, a new pass begun where the next one would be over the budget of its place.
+
+    fewer: what else to advise where one is over it alone.
+    """
     passes: list[list[Site]] = []
     used: Counter[Any] = Counter()
     for site in sites:
@@ -65,7 +91,7 @@ def _filled(
         if size > budget:
             raise PrepError(
                 f"{site.name} needs {size / 1e9:.3g} GB of accumulators, the --memory-budget is {budget / 1e9:.3g} GB: "
-                "raise it, or take --moment auto or diagonal"
+                f"raise it, or take --moment auto or diagonal{fewer}"
             )
         place = places[site.name]
         if not passes or used[place] + size > budget:

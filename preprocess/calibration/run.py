@@ -51,6 +51,7 @@ class Run:
         chosen = {name: getattr(options, name) for name in ("layers", "moment", "moment_dtype", "compat")}
         chosen |= {"targets": list(options.targets), "exclude": list(options.exclude)}
         chosen |= {"products": options.products} if options.products != "auto" else {}
+        chosen |= {"keep_tokens": options.keep_tokens} if options.keep_tokens else {}
         files = None
         if isinstance(options.model, str):
             name = absolute_if_local(options.model)
@@ -95,7 +96,10 @@ class Run:
 
         A complete store of fewer sequences differs where the corpus does not begin with them.
         """
-        model, options = {**self.model, "revision": self.revision}, {"products": None, **self.options}
+        model, options = (
+            {**self.model, "revision": self.revision},
+            {"products": None, "keep_tokens": None, **self.options},
+        )
         wanted = {"model": model, "corpus": self.corpus, "options": options}
         there = {**store.attrs, **_removed(store)}
         if there["corpus"] is None:
@@ -175,6 +179,12 @@ def begun_from(options: CovarianceOptions, run: Run) -> tuple[Store | None, int]
     store = None if options.overwrite else _store_at(Path(resolved(options.store)))
     first = run.growth(store) if store is not None else 0
     return (store, first) if first else (None, 0)
+
+
+def growth(options: CovarianceOptions, run: Run) -> int:
+    """The number of sequences of the complete store that this run would go on from; 0 where it would not."""
+    store, first = begun_from(options, run)
+    return first if store is not None and not run.differences(store) else 0
 
 
 def _is_resumable(store: Store, run: Run) -> bool:

@@ -9,11 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...store import SiteData, Store, read_site
 from ...store.checkpoint import read_half
 from ...store.format.schema import child
+from ...store.sample import TokenSample, joined
 from ..distributed import World
 from ..numerics.accumulators import SiteSums, mapped
 from ..numerics.device_sums import DeviceSums
@@ -21,17 +23,40 @@ from .part import Part
 
 
 def whole_sums(
-    part: Part, name: str, sums: SiteSums | DeviceSums, counts: dict[str, int], world: World
+    part: Part, name: str, sums: SiteSums | DeviceSums, counts: dict[str, int], world: World, sampled: bool = True
 ) -> SiteData | None:
-    """The sums of a site over all processes, on the host of the one that writes them; None on the others."""
-    owner = part.owners[name]
+    """The sums of a site over all processes, on the host of the one that writes them; None on the others.
+
+    sampled: with the sample of all tokens, where one is kept.
+    """
+    owner, data = part.owners[name], sums.data()
+    sample = _whole_sample(data, sums.sample.size, owner, world) if sampled and sums.sample else None
+    data = replace(data, count=counts[name], sample=sample)
     if part.on_devices:
-        data = mapped(sums.data(), partial(world.reduce_to, owner))
-        return replace(mapped(data, Tensor.cpu), count=counts[name]) if world.rank == owner else None
+        data = mapped(data, partial(world.reduce_to, owner))
+        return mapped(data, Tensor.cpu) if world.rank == owner else None
     if not sums.kept:
         return None
-    data = replace(mapped(sums.data(), world.reduce), count=counts[name])
+    data = mapped(data, world.reduce)
     return data if world.writes else None
+
+
+def _whole_sample(sums: SiteData, size: int, owner: int, world: World) -> TokenSample | None:
+    """The sample of the tokens of all processes, on rank `owner`, to which each sends what is in it; None if empty."""
+    if world.size == 1:
+        return sums.sample
+    own = sums.sample or TokenSample(torch.zeros(0, len(sums.mean)), torch.zeros(0, dtype=torch.float64))
+    drawn = world.all_gather(own.priorities)
+    ranks = torch.cat([torch.full((len(part),), rank) for rank, part in enumerate(drawn)])
+    chosen = torch.cat(drawn).argsort(stable=True)[:size]
+    shares = torch.bincount(ranks[chosen], minlength=world.size).tolist()  # of a process its smallest priorities
+    if not any(shares):
+        return None
+    parts = world.gather_rows(owner, own.tokens[: shares[world.rank]], shares)
+    if not parts:
+        return None
+    sent = zip(parts, drawn, shares, strict=True)
+    return joined([TokenSample(tokens, priorities[:n]) for tokens, priorities, n in sent], size)
 
 
 def with_half(root: Any, site: str, moments: SiteData, base: Store | None) -> SiteData:

@@ -66,7 +66,7 @@ def _excess(options: CovarianceOptions, module: nn.Module) -> float:
     method = Method(rank=options.at_rank)
     chosen = to_cross(layers, method, SAMPLE)
     modules = {**dict(module.named_modules()), **expert_layers(module)}
-    jobs = Jobs({"": method}, {layer: [""] for layer in moments if layer in chosen}, {"": chosen})
+    jobs = Jobs({"": method}, {layer: [""] for layer in moments if layer in chosen}, (), {"": chosen})
     found = [done.crossed for _, done in decomposed(moments, modules, jobs)]
     value = median_excess([crossed for crossed in found if crossed], options.at_rank)
     if value is None:

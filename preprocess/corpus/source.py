@@ -22,6 +22,7 @@ from ..model.forward import Forward, Inputs, text_forward
 from ..model.loading import load_config, load_tokenizer
 from ..model.placement import input_device
 from ..model.sites import DECODER_MASK, MASK
+from ..numerics.sample import Key
 from ..options import CovarianceOptions
 from .mixture import load_mixture
 from .text import Corpus, CorpusOptions, load_corpus
@@ -45,7 +46,9 @@ Mask = Callable[[Any], Tensor | None]
 class Text:
     """A corpus in batches of `batch_size` sequences, from sequence number `first` on, for a transformers model.
 
-    total, count: tokens and batches from there on; half: how many of these are in when half of the whole corpus is.
+    total, sequences, count: tokens, sequences and batches from there on; half: how many batches are in when half of the
+    whole corpus is. tokens: of the whole corpus. seed: of its samples, from the first sequence, so that a corpus that
+    grows keeps it.
     """
 
     unit = "tokens"
@@ -53,11 +56,13 @@ class Text:
     resumable = True
 
     def __init__(self, corpus: Corpus, batch_size: int, first: int = 0):
-        self.corpus, self.batch_size, self._first = corpus, batch_size, first
+        self.corpus, self.batch_size, self.first = corpus, batch_size, first
         self.options = {"batch_size": batch_size}
         self.total = sum(map(len, corpus.sequences[first:]))
+        self.tokens, self.seed = corpus.tokens, _seed(corpus.hash_of(1))
         size = max(batch_size, 1)  # `batches` refuses a smaller one
-        self.count = -(-(len(corpus.sequences) - first) // size)
+        self.sequences = len(corpus.sequences) - first
+        self.count = -(-self.sequences // size)
         middle = -(-len(corpus.sequences) // size) // 2 * size
         self.half = max(0, middle - first) // size
         self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
@@ -78,11 +83,16 @@ class Text:
 
     def read(self, first: int = 0) -> Iterator[Inputs]:
         """Batches from number `first` on."""
-        return self.corpus.batches(self.batch_size, self._first + first * self.batch_size)
+        return self.corpus.batches(self.batch_size, self.first + first * self.batch_size)
 
     def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
         """The masks of a batch by name, which an encoder-decoder reads on both sides; none without padding."""
         return dict.fromkeys((MASK, DECODER_MASK), batch[MASK]) if MASK in batch else {}
+
+    def keys(self, number: int) -> list[Key]:
+        """What the tokens of each sequence of a batch are drawn by."""
+        first = self.first + number * self.batch_size
+        return [(self.seed, i) for i in range(first, min(first + self.batch_size, len(self.corpus.sequences)))]
 
     def end(self, number: int) -> int:
         """`number`, or the number of batches where there are fewer."""
@@ -90,7 +100,7 @@ class Text:
 
     def size(self, first: int, last: int) -> int:
         """Tokens of the batches from number `first` to before `last`."""
-        a, b = (self._first + number * self.batch_size for number in (first, last))
+        a, b = (self.first + number * self.batch_size for number in (first, last))
         return sum(map(len, self.corpus.sequences[a:b]))
 
 
@@ -99,11 +109,13 @@ class Batches:
 
     mask: batch -> (B, T), zero on padding, or None; by default the `attention_mask` of a dictionary. Inputs of other
     leading sizes are not masked. once: they cannot be read again. count: how many there are, 0 where that is not known;
-    half: half of them. `about` is complete when all have been read.
+    half: half of them. tokens: not known. seed: of samples, from the first one. `about` is complete when all have been
+    read.
     """
 
     unit = "batches"
     resumable = False
+    tokens = None
 
     def __init__(self, batches: Iterable[Any], mask: Mask | None = None):
         self._mask = mask
@@ -117,6 +129,9 @@ class Batches:
         self.total = self.count = len(batches) if isinstance(batches, Sized) else 0
         self.half = self.count // 2
         self.about: dict[str, Any] = {"source": "batches"}
+        digest = xxhash.xxh3_128()
+        _hash(digest, self._first)
+        self.seed = _seed(digest.hexdigest())
         self.masks(self._first)
 
     def after(self, first: int) -> Batches:
@@ -154,6 +169,10 @@ class Batches:
                 what = f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
                 raise PrepError(f"the {name} {what}: give mask=, a function from a batch to (B, T)")
         return masks
+
+    def keys(self, number: int) -> list[Key]:
+        """What the tokens of a batch are drawn by."""
+        return [(self.seed, number)]
 
     def end(self, number: int) -> int:
         """`number`: how many batches there are may not be known."""
@@ -204,6 +223,11 @@ def open_source(options: CovarianceOptions) -> Source:
     if len(parts) > 1:
         return Text(load_mixture(corpus, parts, tokenizer), options.batch_size)
     return Text(load_corpus(corpus, tokenizer), options.batch_size)
+
+
+def _seed(hash_: str) -> int:
+    """The first 64 bits of a hash."""
+    return int(hash_[:16], 16)
 
 
 def _hash(digest: Any, value: Any) -> None:

@@ -13,21 +13,11 @@ from torch import Tensor
 from ...store import LayerMoment
 from ...store.excess import doubled
 from ...store.info import pattern
-from ..numerics.evaluation import (
-    Crossed,
-    Energy,
-    crossed,
-    input_variance,
-    kept_output,
-    kept_variance,
-    output_energy,
-    rest,
-)
-from ..numerics.methods import Method
+from ..numerics.evaluation import Crossed, Energy, crossed, rest
+from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
-from ..numerics.whitening import WhitenedSVD
 
-SAMPLE = 2  # layers of each kind whose excess a decomposition notes
+SAMPLE = 2  # layers of each kind whose excess a decomposition notes, unless it is told
 
 
 @dataclass(frozen=True)
@@ -40,18 +30,20 @@ class Parts:
     share: float
 
 
-def statistics_of(stored: LayerMoment) -> InputStatistics:
-    """A stored moment as float64 arrays."""
+def statistics_of(stored: LayerMoment, sampled: bool = False) -> InputStatistics:
+    """A stored moment as float64 arrays; sampled: with its sample of tokens, if it has one."""
 
     def array(x: Tensor) -> np.ndarray:
         return x.to(torch.float64).numpy()
 
+    tokens = stored.tokens if sampled else None
     return InputStatistics(
         kind=stored.kind,
         second_moment=array(stored.second_moment) if stored.kind == "full" else None,
         diagonal=array(stored.diagonal) if stored.kind != "full" else None,
         output=array(stored.output) if stored.kind == "output" else None,
         mean=array(stored.mean),
+        tokens=tokens.numpy() if tokens is not None else None,
     )
 
 
@@ -69,10 +61,22 @@ def tells_output(moment: LayerMoment, components: bool) -> bool:
 
 
 def to_cross(layers: Mapping[str, LayerMoment], method: Method, count: int) -> frozenset[str]:
-    """The layers, `count` of each kind (0: all), that are cross-fitted: those of which a half was kept."""
+    """The layers, `count` of each kind (0: all), that are cross-fitted: those of which a half was kept.
+
+    None where directions were ordered by a sample of the tokens: it has no halves.
+    """
+    if method.pooling != "rms":
+        return frozenset()
     components = method.metric == "components"
     known = [layer for layer, one in layers.items() if one.half is not None and tells_output(one, components)]
     return frozenset(sampled(known, count))
+
+
+def to_note(layers: Mapping[str, LayerMoment], method: Method, sample: int | None) -> frozenset[str]:
+    """The layers that a decomposition cross-fits, `sample` of each kind; none where no token has a say in the basis."""
+    if check(None, method) is None:
+        return frozenset()
+    return to_cross(layers, method, SAMPLE if sample is None else sample)
 
 
 def sampled(layers: Iterable[str], count: int) -> list[str]:
@@ -89,16 +93,9 @@ def sampled(layers: Iterable[str], count: int) -> list[str]:
 
 def cross(W: np.ndarray, parts: Parts, method: Method) -> Crossed:
     """Bases of either part, scored on both."""
-    totals = (0.0, 0.0) if method.metric == "components" else (output_energy(W, parts.a), output_energy(W, parts.b))
-    return crossed(W, parts.a, parts.b, parts.share, method, totals)
+    return crossed(W, parts.a, parts.b, parts.share, method)
 
 
-def noted(W: np.ndarray, result: WhitenedSVD, parts: Parts, method: Method) -> dict[str, Any]:
+def noted(found: Crossed, energy: Energy) -> dict[str, Any]:
     """What a layer's record says of its cross-fitted errors (`crossed`), at ranks 8, 16, 32 ... and the stored one."""
-    found = cross(W, parts, method)
-    if method.metric == "components":
-        energy = Energy(input_variance(parts.whole), kept_variance(result.P, parts.whole))
-    else:
-        total = parts.share * found.a_on_a.total + (1 - parts.share) * found.b_on_b.total
-        energy = Energy(total, kept_output(result.U, result.S, result.P, parts.whole))
-    return found.shares(doubled(len(result.S)), energy)
+    return found.shares(doubled(len(energy.kept)), energy)

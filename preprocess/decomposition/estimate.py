@@ -10,7 +10,7 @@ from torch import nn
 
 from ..memory import peak_memory
 from ..model.checkpoint import checkpoint_of
-from .job import jobs_of
+from .job import jobs_of, moments_of
 from .request import Request, load_layers
 from .target import Target
 from .weights import weigher
@@ -51,8 +51,7 @@ def estimate(requests: Sequence[Request], quiet: bool) -> Estimate:
     targets = {request.name: Target(request, net, modules, weigh) for request in requests}
     todo = {name: target.left() for name, target in targets.items()}
     jobs = jobs_of(targets, todo, weigh)
-    moments = next((request.moments for request in requests if request.moments is not None), None)
-    team = crew(moments, modules, jobs)
+    team = crew(moments_of(targets), modules, jobs)
     source, read = _source(requests[0], net, {layer: modules[layer] for layer in jobs.wanted})
     return Estimate(
         bases=tuple(name for name, layers in todo.items() if layers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,8 +13,10 @@ from ...errors import StoreError
 from ...linear import weight_hash, weight_matrix
 from ...store import Bases, BasisSet, open_store
 from ...store.condition import fault
+from ...store.info import pattern
 from ..model import loading
 from ..progress import say
+from .crossing import to_note
 from .request import Request
 from .weights import Weigh
 
@@ -126,8 +129,20 @@ def _differences(request: Request, basis: BasisSet) -> list[str]:
         of_basis, asked = basis.model.get("config_hash"), loading.model_hash(request.options.model)  # type: ignore[arg-type]
     else:
         of_basis, asked = basis.model.get("id"), request.model_id
-    have: dict[str, Any] = {**basis.method, "dtype": basis.dtype, "model": of_basis}
+    have: dict[str, Any] = {"pooling": "rms", **basis.method, "dtype": basis.dtype, "model": of_basis}
     wanted: dict[str, Any] = {**asdict(request.method), "dtype": request.options.dtype, "model": asked}
     return [
         f"{key}: {have.get(key)!r} there, {wanted[key]!r} asked for" for key in wanted if have.get(key) != wanted[key]
-    ]
+    ] + _fewer_crossed(request, basis)
+
+
+def _fewer_crossed(request: Request, basis: BasisSet) -> list[str]:
+    """Where --sample asks for more layers of a kind than were cross-fitted, or for all without an array of them."""
+    layers, count = request.layers or {}, request.options.sample
+    asked = to_note(layers, request.method, count) if count is not None else frozenset()
+    there = [layer for layer, record in basis.layers.items() if record.crossed is not None]
+    more = Counter(map(pattern, asked)) - Counter(map(pattern, there)) if basis.status == "complete" else None
+    no_place = asked == set(layers) and not all("unseen" in basis.arrays(shape) for shape in basis.shapes)
+    if not asked or not (more or no_place):
+        return []
+    return [f"sample: {len(there)} layers cross-fitted there, {len(asked)} asked for"]

@@ -114,7 +114,7 @@ class Decomposition:
 
     def _own(self) -> Iterator[tuple[str, LayerDone]]:
         """The layers of this process, U and P stored."""
-        moments = next((request.moments for request in self._requests if request.moments is not None), None)
+        moments = moments_of(self._open)
         jobs = jobs_of(self._open, self._todo, self._weigh)
         jobs = replace(jobs, wanted=share_of(jobs.wanted, moments, self._modules, self._world))
         for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
@@ -138,6 +138,13 @@ class Decomposition:
         create_store(request.options.store, attrs)
 
 
+def moments_of(targets: Mapping[str, Target]) -> Moments | None:
+    """Those of the layers' inputs, if a method needs them or directions are scored on them."""
+    needed = [target.request for target in targets.values() if target.request.moments is not None or target.shares]
+    store = needed[0].store if needed else None
+    return None if store is None else store.moments
+
+
 def jobs_of(targets: Mapping[str, Target], todo: Mapping[str, Sequence[str]], weigh: Weigh) -> Jobs:
     """The work for bases by name. todo: the layers of each that are left."""
     wanted: dict[str, list[str]] = {}
@@ -145,7 +152,8 @@ def jobs_of(targets: Mapping[str, Target], todo: Mapping[str, Sequence[str]], we
         for layer in layers:
             wanted.setdefault(layer, []).append(name)
     methods = {name: target.request.method for name, target in targets.items()}
-    return Jobs(methods, wanted, {name: target.crossed() for name, target in targets.items()}, weigh)
+    scored = [name for name, target in targets.items() if target.shares]
+    return Jobs(methods, wanted, scored, {name: target.crossed() for name, target in targets.items()}, weigh)
 
 
 def share_of(

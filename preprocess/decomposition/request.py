@@ -20,7 +20,7 @@ from ..model import loading
 from ..model.checkpoint import Unserved, open_model
 from ..model.experts import expert_layers
 from ..model.sites import target_layers
-from ..numerics.methods import Method, basis_name, check, method_for
+from ..numerics.methods import Method, basis_name, check, check_sample, method_for
 from ..options import DecomposeOptions
 from ..progress import say
 
@@ -79,7 +79,7 @@ def basis_names(options: DecomposeOptions) -> list[str]:
 
 
 def _methods(options: DecomposeOptions) -> list[Method]:
-    asked = ("metric", "power", "damping", "epsilon", "center", "rank", "select", "solver")
+    asked = ("metric", "power", "damping", "epsilon", "center", "rank", "select", "pooling", "solver")
     given = {name: getattr(options, name) for name in asked}
     return [method_for(published, **given) for published in options.methods]
 
@@ -161,7 +161,21 @@ def _checked_layers(store: Store, methods: Sequence[Method]) -> dict[str, LayerM
             reason = next(filter(None, (check(layers[layer].kind, method) for method in methods)), None)
             if reason:
                 raise StoreError(f"{layer}: {reason} into another --store, or with --overwrite")
+            sampled = layers[layer].sampled > 0
+            reason = next(filter(None, (check_sample(sampled, method) for method in methods)), None)
+            if reason:
+                raise StoreError(f"{layer}: {reason}: {_keep_tokens(store)}")
     return layers
+
+
+def _keep_tokens(store: Store) -> str:
+    """What brings a store a sample of tokens."""
+    corpus = store.corpus or {}
+    if "parts" in corpus:
+        return "calibrate the parts of this pool with `--keep-tokens 4096` and pool them again"
+    if corpus.get("source") == "batches":
+        return "calibrate again with overwrite=True, keep_tokens=4096"
+    return "run its `prep covariance` command again with `--overwrite --keep-tokens 4096`"
 
 
 def _matching_modules(request: Request, net: nn.Module) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ from ..numerics.methods import Method
 from ..numerics.whitening import spectrum_size
 from ..options import BASIS_DTYPES
 from ..progress import say
-from .crossing import SAMPLE, to_cross
+from .crossing import tells_output, to_note
 from .existing import check_same_weights, made_already, problem_of, same_basis
 from .request import Request
 from .weights import Weigh
@@ -32,7 +32,7 @@ Shape = tuple[int, int]
 class Target:
     """The basis of one request. `begin` on the process that writes, `open` on all, then `put` for every layer.
 
-    weigh: reads and checks a layer's weight.
+    weigh: reads and checks a layer's weight. shares: what is stored of every direction, as `BasisWriter.shares`.
     """
 
     def __init__(self, request: Request, net: nn.Module, modules: Mapping[str, nn.Module], weigh: Weigh):
@@ -40,7 +40,8 @@ class Target:
         self._net, self._modules, self._weigh = net, modules, weigh
         self._begun = False
         self._shapes = {layer: layer_shape(module) for layer, module in modules.items()}
-        self._groups = groups_of(self._shapes, request.method)
+        self.shares = self._told()
+        self._groups = groups_of(self._shapes, request.method, self.shares)
 
     @property
     def bytes(self) -> int:
@@ -49,9 +50,8 @@ class Target:
 
     def bytes_of(self, layers: Sequence[str]) -> int:
         """What some of its layers take on disk."""
-        return stored_bytes(
-            groups_of({layer: self._shapes[layer] for layer in layers}, self.request.method), self.request.options.dtype
-        )
+        shapes = {layer: self._shapes[layer] for layer in layers}
+        return stored_bytes(groups_of(shapes, self.request.method, self.shares), self.request.options.dtype)
 
     def left(self) -> list[str]:
         """The layers to do, as far as records tell, without beginning anything."""
@@ -89,21 +89,31 @@ class Target:
     def open(self, root: zarr.Group) -> BasisWriter:
         """The writer of what was begun."""
         self.writer = BasisWriter.resume(root, self.name)
+        self.shares = self.writer.shares
         return self.writer
 
     def crossed(self) -> frozenset[str]:
         """The layers whose record says what bases of the two parts of their tokens lose."""
-        request = self.request
-        return to_cross(request.layers or {}, request.method, SAMPLE) if request.moments is not None else frozenset()
+        count = 0 if "unseen" in self.shares else self.request.options.sample
+        return to_note(self.request.layers or {}, self.request.method, count)
+
+    def _told(self) -> list[str]:
+        """What is stored of every direction: `kept` where all moments tell it, `unseen` where all are cross-fitted."""
+        layers, method = self.request.layers or {}, self.request.method
+        if not layers or not all(tells_output(one, method.metric == "components") for one in layers.values()):
+            return []
+        everywhere = to_note(layers, method, self.request.options.sample) == set(layers)
+        return ["kept", "unseen"] if everywhere else ["kept"]
 
     def put(self, done: Decomposed) -> LayerDone:
         """Store U and P of a layer."""
         result, shape = done.result, self._shapes[done.layer]
         group = self._groups[shape]
         record = record_of(done, shape, group["layers"].index(done.layer))
+        shares = {role: torch.from_numpy(values) for role, values in done.shares.items()}
         U, S, P, spectrum = map(torch.from_numpy, (result.U, result.S, result.P, result.spectrum))
         check_storable(done.layer, P, self.request.options.dtype)
-        return self.writer.put(done.layer, U, S, P, spectrum[: group["spectrum"]], record)
+        return self.writer.put(done.layer, U, S, P, spectrum[: group["spectrum"]], record, shares)
 
     def take_back(self) -> None:
         """Remove the basis if it was begun here; one that it was to replace stays. For the lock's holder."""
@@ -128,20 +138,23 @@ class Target:
         )
 
 
-def groups_of(shapes: Mapping[str, Shape], method: Method) -> dict[Shape, dict[str, Any]]:
-    """Layers by shape, with the rank and the length of the spectrum that all of one shape have."""
+def groups_of(shapes: Mapping[str, Shape], method: Method, shares: Sequence[str]) -> dict[Shape, dict[str, Any]]:
+    """Layers by shape, with the rank, the length of the spectrum and the `shares` that all of one shape have."""
     groups: dict[Shape, dict[str, Any]] = {}
     for layer, shape in shapes.items():
         rank = min(method.rank, *shape)
         entry = groups.setdefault(shape, {"layers": [], "rank": rank, "spectrum": spectrum_size(shape, method)})
         entry["layers"].append(layer)
+    for entry in groups.values() if shares else ():
+        entry["shares"] = list(shares)
     return groups
 
 
 def stored_bytes(groups: Mapping[Shape, dict[str, Any]], dtype: str) -> int:
     """Bytes that a basis takes on disk."""
     return sum(
-        len(g["layers"]) * (g["rank"] * (d_out + d_in) * BASIS_DTYPES[dtype] + 8 * (g["rank"] + g["spectrum"]))
+        len(g["layers"]) * (g["rank"] * (d_out + d_in) * BASIS_DTYPES[dtype])
+        + 8 * len(g["layers"]) * (g["rank"] * (1 + len(g.get("shares", ()))) + g["spectrum"])
         for (d_out, d_in), g in groups.items()
     )
 

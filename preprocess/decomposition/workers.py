@@ -6,11 +6,13 @@ One thread per layer beats many threads per matrix at these sizes; a site's seco
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -19,23 +21,30 @@ from ...errors import PrepError
 from ...linear import dtype_name, layer_shape
 from ...store import Moments
 from ..memory import free_memory
+from ..numerics.evaluation import output_energy, own_energy
 from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
-from .crossing import Parts, noted, parts_of, statistics_of
+from .crossing import Parts, cross, noted, parts_of, statistics_of
 from .weights import Weigh, weighed
 
 
 @dataclass(frozen=True)
 class Jobs:
     """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
-    for; crossed: name -> layers that are cross-fitted, whose moments have a half. weigh: reads and checks a weight.
+    for; scored: names of the bases whose directions are scored, which the moments of all layers allow; crossed: name ->
+    layers that are cross-fitted, whose moments have a half. weigh: reads and checks a weight.
     """
 
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
+    scored: Collection[str]
     crossed: Mapping[str, Collection[str]]
     weigh: Weigh = weighed
+
+    def sampled(self, layers: Iterable[str]) -> bool:
+        """Whether any basis of the layers is made with the sample of their tokens."""
+        return any(self.methods[name].pooling != "rms" for layer in layers for name in self.wanted[layer])
 
     def crosses(self, layer: str) -> bool:
         """Whether a layer is cross-fitted for any basis."""
@@ -44,13 +53,18 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A layer, the hash and dtype of its weight. crossed: its errors between the parts of its tokens, if looked at."""
+    """A layer, with the hash and dtype of its weight.
+
+    crossed: its errors between the parts of its tokens, if looked at. shares: `kept` and `unseen` of its directions
+    (r,), as far as they were looked at.
+    """
 
     layer: str
     weight_hash: str
     weight_dtype: str
     result: WhitenedSVD
     crossed: dict[str, Any] | None
+    shares: dict[str, np.ndarray]
 
 
 def decomposed(
@@ -58,7 +72,7 @@ def decomposed(
 ) -> Iterator[tuple[str, Decomposed]]:
     """(name of the basis, layer) as they are done; at most two sites per worker are held in memory.
 
-    moments: of the layers' inputs, None where no method needs them. processes: how many share the machine's cores.
+    moments: of the layers' inputs, None where nothing needs them. processes: how many share the machine's cores.
     PrepError names the layer that failed.
     """
     team = crew(moments, modules, jobs, processes)
@@ -128,7 +142,8 @@ def _memory(moments: Moments | None, layers: list[str], modules: Mapping[str, nn
         for layer, shape in zip(layers, shapes, strict=True)
         for name in jobs.wanted[layer][1:]
     )
-    return 8 * (work + more)
+    tokens = moments[layers[0]].sampled * d_in // 2 if moments is not None and jobs.sampled(layers) else 0
+    return 8 * (work + more + tokens)
 
 
 def cost(shape: tuple[int, int]) -> int:
@@ -151,17 +166,24 @@ def _decompose_site(
         known, dtype = weight.hash, dtype_name(weight.W.dtype)
         dense = weight.W.to("cpu", torch.float64).numpy()
         del weight  # the largest arrays are not kept twice
+        total: Callable[[], float] | None = None
         for name in jobs.wanted[layer]:
-            method, said = jobs.methods[name], None
+            method, said, shares = jobs.methods[name], None, {}
+            crosses = layer in jobs.crossed.get(name, ())
             needed = moments is not None and check(None, method) is not None
-            if needed and shared is None:
-                shared = statistics_of(moments[layer])  # type: ignore[index]
+            if shared is None and (needed or crosses or name in jobs.scored):
+                shared = statistics_of(moments[layer], jobs.sampled(layers))  # type: ignore[index]
             try:
                 result = whitened_svd(dense, shared if needed else None, method)
-                if shared is not None and layer in jobs.crossed.get(name, ()):
-                    parts = parts or parts_of(moments[layer], shared)  # type: ignore[index]
-                    said = noted(dense, result, parts, method)
+                if shared is not None and (crosses or name in jobs.scored):
+                    total = total or cache(partial(output_energy, dense, shared))
+                    energy = own_energy(dense, result, shared, method, total)
+                    shares["kept"] = energy.shares
+                    if crosses:
+                        parts = parts or parts_of(moments[layer], shared)  # type: ignore[index]
+                        found = cross(dense, parts, method)
+                        said, shares["unseen"] = noted(found, energy), found.kept
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
-            results.append((name, Decomposed(layer, known, dtype, result, said)))
+            results.append((name, Decomposed(layer, known, dtype, result, said, shares)))
     return results

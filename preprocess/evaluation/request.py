@@ -17,7 +17,7 @@ from ..decomposition.crossing import SAMPLE, tells_output, to_cross
 from ..decomposition.request import Request, calibrated_id, load_layers
 from ..decomposition.weights import Weigh, Weight, weigher
 from ..numerics.methods import Method
-from ..options import DecomposeOptions
+from ..options import DecomposeOptions, check_sample
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def open_evaluation(
         raise StoreError(f"{store} holds no basis: run `prep decompose` first")
     sets = {name: found.bases[name] for name in names}
     wanted = _ranks(ranks, sets)
-    if sample is not None and sample < 0:
-        raise PrepError(f"--sample {sample} is not a number of layers: give 0 for all, or more")
+    if sample is not None:
+        check_sample(sample)
     other = found if on is None else _same_model(found, open_store(on))
     moments = other.moments
     layers = {layer: moments[layer] for layer in moments if any(layer in basis for basis in sets.values())}

@@ -29,16 +29,18 @@ class ExpertLinear(nn.Linear):
     """One projection of one expert: `y = x @ W.T`, W = W[e] of the fused parameter.
 
     It is not part of the model and holds no weight. owner: the module of the fused experts; key: their parameter in it,
-    fused: its full name; expert: e.
+    fused: its full name; expert: e. rows: which rows of the owner's input the last x was made of, and of how many; None
+    where that was not seen.
     """
 
     owner: nn.Module
+    rows: tuple[Tensor, int] | None
 
     def __init__(self, owner: nn.Module, key: str, fused: str, expert: int, shape: tuple[int, int]):
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.register_parameter("bias", None)
-        self.key, self.fused, self.expert = key, fused, expert
+        self.key, self.fused, self.expert, self.rows = key, fused, expert, None
         vars(self)["owner"] = owner  # not a child
 
     @property
@@ -90,11 +92,9 @@ def watched(forward: Callable[[Any], object], layers: Mapping[str, nn.Module]) -
         return forward
     mode = _Products(experts)
 
-    def enter(owner: nn.Module, _args: object) -> None:
-        mode.owner = owner
-
     def run(batch: Any) -> object:
-        handles = [owner.register_forward_pre_hook(enter) for owner in {expert.owner: None for expert in experts}]
+        owners = {expert.owner: None for expert in experts}
+        handles = [owner.register_forward_pre_hook(mode.enter, with_kwargs=True) for owner in owners]
         try:
             with _eager(experts), mode:
                 return forward(batch)
@@ -115,7 +115,7 @@ def on_real_rows(owners: Iterable[nn.Module], rows: Callable[[nn.Module], tuple[
         real, size = rows(owner)
         if real is None:
             return None
-        rows_given = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        rows_given = len(_first_tensor(args, kwargs))
         if rows_given != size:
             raise PrepError(f"{type(owner).__name__} takes {rows_given} rows, not {size}: calibrate without padding")
 
@@ -133,6 +133,10 @@ def on_real_rows(owners: Iterable[nn.Module], rows: Callable[[nn.Module], tuple[
     return handles
 
 
+def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
 def _real_part(value: Any, real: Tensor, size: int) -> Any:
     """The rows `real` of a tensor that has one row per token, `size` in all; anything else as it is."""
     per_token = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
@@ -142,24 +146,42 @@ def _real_part(value: Any, real: Tensor, size: int) -> Any:
 class _Products(TorchFunctionMode):
     """Computes each product with an expert's weight by the expert's layer.
 
-    The weight is known as a view of a parameter of `owner`, the module of fused experts that was called last.
+    The weight is known as a view of a parameter of `owner`, the module of fused experts that was called last; which
+    rows of its input an expert is given, from the indexing that takes them.
     """
 
     def __init__(self, experts: Iterable[ExpertLinear]):
         super().__init__()
         self.owner: nn.Module | None = None
+        self._input: Tensor | None = None  # of the owner
+        self._rows: tuple[Tensor, int] | None = None  # of the input, those that were taken last
         self._experts = {(expert.owner, expert.key, expert.expert): expert for expert in experts}
+
+    def enter(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A hook for the call of a module of fused experts."""
+        self.owner, self._input, self._rows = owner, _first_tensor(args, kwargs), None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and self._takes_rows(*args):
+            self._rows = args[1], len(args[0])
         if func in _PRODUCTS and len(args) > 1 and args[1].ndim == 2 and self.owner is not None:
             W = args[1] if func is F.linear else args[1].mT
             expert = self._expert(self.owner, W)
             if expert is not None:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
+                known = self._rows is not None and len(self._rows[0]) == len(args[0])
+                expert.rows = self._rows if known else None
                 y = expert(args[0], W)
                 return y if bias is None else y + bias
         return func(*args, **kwargs)
+
+    def _takes_rows(self, x: Tensor, rows: Any) -> bool:
+        """Whether `x[rows]` are rows of the owner's input."""
+        given = self._input
+        if given is None or not isinstance(rows, Tensor) or rows.dtype != torch.long or rows.ndim != 1:
+            return False
+        return x.data_ptr() == given.data_ptr() and x.ndim == 2 and x.numel() == given.numel()
 
     def _expert(self, owner: nn.Module, W: Tensor) -> ExpertLinear | None:
         """The expert whose weight W (d_out, d_in) is, by its address."""

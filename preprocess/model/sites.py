@@ -32,7 +32,8 @@ class Site:
     """One input activation and the linear layers that read it.
 
     name: the first member in call order; members: layer names in call order; shapes: (d_out, d_in) of each.
-    mask: which of a batch's masks tells its real tokens; routed: it is an expert, which is given real tokens only.
+    mask: which of a batch's masks tells its real tokens; routed: it is an expert, which is given real tokens only;
+    once: a forward calls it once, as far as was seen.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Site:
     shapes: tuple[tuple[int, int], ...]
     mask: str = MASK
     routed: bool = False
+    once: bool = True
 
     @property
     def d_in(self) -> int:
@@ -198,7 +200,8 @@ def find_sites(
     for members in groups.values():
         shapes = tuple(layer_shape(targets[member]) for member in members)
         mask, routed = _mask_of(members[0], targets, seen, inside), isinstance(targets[members[0]], ExpertLinear)
-        sites.append(Site(members[0], tuple(members), shapes, mask, routed))
+        once = all(len(seen.calls.get(member, ())) <= 1 for member in members)
+        sites.append(Site(members[0], tuple(members), shapes, mask, routed, once))
     return sites, seen.skipped | _not_reached(sites, targets, seen.skipped)
 
 

@@ -21,6 +21,7 @@ from ...linear import dtype_name
 from ...store.format.schema import panels
 from ...store.moments import SiteData
 from .products import gram_blocks
+from .sample import Sample
 
 Collect = Callable[[Tensor], Iterable[Tensor]]  # a tensor of this process -> those to add here, of all processes
 
@@ -57,7 +58,8 @@ class SiteSums:
     """Accumulates the sums of one site.
 
     kind "full": C; "diagonal": E[x_i^2]; "output": E[y y^T] of each layer and E[x_i^2]. The mean always.
-    collect, kept: as in GramSum, where several processes share a pass.
+    collect, kept: as in GramSum, where several processes share a pass. sampled: so many tokens are kept, by each
+    process of those that are its own.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class SiteSums:
         outputs: dict[str, int],
         collect: Collect = alone,
         kept: bool = True,
+        sampled: int = 0,
     ):
         self.name, self.kind, self.kept, self._collect = name, kind, kept, collect
         self.count = 0
@@ -76,6 +79,7 @@ class SiteSums:
         self.second = GramSum(d_in, collect, kept) if kind == "full" else None
         wanted = outputs if kind == "output" else {}
         self.outputs = {layer: GramSum(d_out, collect, kept) for layer, d_out in wanted.items()}
+        self.sample = Sample(sampled, d_in) if sampled else None
 
     def add_input(self, X: Tensor, batch: int, count: int | None = None) -> None:
         """Add the real tokens X (n, d_in) of one batch, counted as n or `count`. PrepError for NaN or infinite ones."""
@@ -123,6 +127,8 @@ class SiteSums:
             self.second.panels = sums.second_moment
         for layer, panels_ in (sums.outputs or {}).items():
             self.outputs[layer].panels = panels_
+        if self.sample is not None and sums.sample is not None:
+            self.sample.restore(sums.sample)
 
     def output(self, x: Tensor, W: Tensor) -> Tensor:
         """y = x @ W.T (n, d_out) in float32, of half-precision x (n, d_in) and W (d_out, d_in)."""
@@ -130,7 +136,7 @@ class SiteSums:
 
 
 def state_of(sums: Any) -> SiteData:
-    """The state of a site's sums, on the host or on a device; it shares their memory."""
+    """The state of a site's sums, on the host or on a device, whose memory it shares, and their sample, on the host."""
     return SiteData(
         kind=sums.kind,
         members={},
@@ -139,6 +145,7 @@ def state_of(sums: Any) -> SiteData:
         second_moment=sums.second.panels if sums.second else None,
         diagonal=sums.sum_x2,
         outputs={layer: total.panels for layer, total in sums.outputs.items()} or None,
+        sample=sums.sample.data() if sums.sample is not None else None,
     )
 
 
@@ -153,7 +160,7 @@ def moments_of(
 ) -> SiteData:
     """The sums of the site `name` divided by its token count, in place. dtype: in which the moments are stored.
 
-    PrepError where no token came, a product overflowed, or `dtype` cannot hold the moments.
+    PrepError where no token came, a product overflowed, or `dtype` cannot hold the moments or float32 the sample.
     """
     if not sums.count:
         raise PrepError(f"no token reached {name}: use more data or leave it out with --exclude")
@@ -169,11 +176,13 @@ def moments_of(
                 f"the second moment of {name}, up to {largest:.0e}, is beyond {dtype_name(dtype)}: "
                 "store it with --moment-dtype float64"
             )
+    if moments.sample is not None and not torch.isfinite(moments.sample.tokens).all():
+        raise PrepError(f"the input of {name} is beyond float32, in which tokens are kept: leave out --keep-tokens")
     return moments
 
 
 def mapped(sums: SiteData, change: Callable[[Tensor], Tensor]) -> SiteData:
-    """The sums or moments of a site with every tensor changed, in a fixed order."""
+    """The sums or moments of a site with every tensor but those of the sample changed, in a fixed order."""
     outputs = sums.outputs
     return replace(
         sums,

@@ -17,6 +17,7 @@ from ...store.format.schema import panels
 from ...store.moments import SiteData
 from .accumulators import state_of
 from .products import chunks
+from .sample import Sample
 
 GROUP = 2048  # rows of a product
 
@@ -84,14 +85,21 @@ def _groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class DeviceSums:
     """Accumulates the sums of one site on a device, see `SiteSums`. Every process that shares a pass keeps its own.
 
-    exact: half-precision activations are multiplied in float32. finite: by `input of <site>`
-    and `output of <layer>`, a flag (0-d) that is False once a value was NaN or infinite.
+    exact: half-precision activations are multiplied in float32. sampled: so many tokens are kept. finite: by
+    `input of <site>` and `output of <layer>`, a flag (0-d) that is False once a value was NaN or infinite.
     """
 
     kept = True
 
     def __init__(
-        self, name: str, kind: str, d_in: int, outputs: dict[str, int], device: torch.device, exact: bool = False
+        self,
+        name: str,
+        kind: str,
+        d_in: int,
+        outputs: dict[str, int],
+        device: torch.device,
+        exact: bool = False,
+        sampled: int = 0,
     ):
         self.name, self.kind, self.device, self.product = name, kind, device, product_on(device, exact)
         self.count = 0
@@ -100,6 +108,7 @@ class DeviceSums:
         self.second = DeviceGram(d_in, device) if kind == "full" else None
         wanted = outputs if kind == "output" else {}
         self.outputs = {layer: DeviceGram(d_out, device) for layer, d_out in wanted.items()}
+        self.sample = Sample(sampled, d_in, device) if sampled else None
         noted = [f"input of {name}", *(f"output of {layer}" for layer in wanted)]
         self.finite = {what: torch.ones((), dtype=torch.bool, device=device) for what in noted}
 
@@ -141,6 +150,8 @@ class DeviceSums:
         for total, stored in pairs:
             for panel, values in zip(total.panels, stored or (), strict=True):
                 panel.copy_(values)
+        if self.sample is not None and sums.sample is not None:
+            self.sample.restore(sums.sample)
 
     def _seen(self, X: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """X on the device of the sums, and its sum over tokens (d,), which is noted to be finite or not."""

@@ -14,7 +14,7 @@ Numerics only: pure functions in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ import numpy as np
 from ...errors import PrepError
 from . import lapack
 from .methods import Method
-from .metric import InputStatistics
-from .whitening import whitened_svd
+from .metric import InputStatistics, added_diagonal
+from .whitening import WhitenedSVD, whitened_svd
 
 EXPONENT = 0.8  # the excess of a basis falls as tokens^-EXPONENT; store/excess.py knows it, too
 
@@ -39,6 +39,11 @@ class Energy:
     def lost(self, rank: int) -> float:
         """e(rank), with all directions where there are fewer; never below zero."""
         return max(self.total - float(self.kept[:rank].sum()), 0.0)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """`kept` in shares of the total; none is below zero, and all are zero in a layer without energy."""
+        return np.maximum(self.kept, 0) / self.total if self.total > 0 else np.zeros_like(self.kept)
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Crossed:
 
     @property
     def kept(self) -> np.ndarray:
-        """t_i (r,) on tokens that the basis has not seen, the mean over the parts."""
-        return (self.a_on_b.kept + self.b_on_a.kept) / 2
+        """The share of the output that each direction (r,) keeps of tokens that its basis has not seen, the mean."""
+        return (self.a_on_b.shares + self.b_on_a.shares) / 2
 
     def shares(self, ranks: Sequence[int], energy: Energy) -> dict[str, Any]:
         """Lists `unseen`, `excess` and `least` at `ranks`, in shares of the total.
@@ -89,6 +94,46 @@ class Crossed:
         a = self.a_on_b.lost(rank) - self.a_on_a.lost(rank)
         b = self.b_on_a.lost(rank) - self.b_on_b.lost(rank)
         return max((a + b) / 2, 0.0)
+
+
+def own_energy(
+    W: np.ndarray,
+    basis: WhitenedSVD,
+    moment: InputStatistics,
+    method: Method,
+    total: Callable[[], float] | None = None,
+) -> Energy:
+    """The energy of a basis on the tokens that it was made of. PrepError where their moment does not tell it.
+
+    total: gives `output_energy` of W and moment, which the bases of a layer may share; most need none.
+    """
+    if method.metric == "components":
+        return Energy(input_variance(moment), basis.S**2)
+    known = _from_gram(W, basis, moment, method) if method.metric == "full" and method.power == 0.5 else None
+    if known is not None:
+        return known
+    energy = output_energy(W, moment) if total is None else total()
+    return Energy(energy, kept_output(basis.U, basis.S, basis.P, moment))
+
+
+def _from_gram(W: np.ndarray, basis: WhitenedSVD, moment: InputStatistics, method: Method) -> Energy | None:
+    """`own_energy` of metric full at power 1/2 without a product with C, since there `S_i^2 = u_i^T W C_d W^T u_i`.
+
+    With d what damping adds to the diagonal of C, `t_i = S_i^2 (1 - d |P_i|^2)`, and `S_i^2 (P_i E[x])^2` more where
+    the mean was taken out. None where most energy is by damping, and a difference would be rounding, or where there is
+    none: S is 1 then.
+    """
+    damped = float(np.sum(basis.S**2) + basis.tail**2)
+    d = added_diagonal(moment, method)
+    by_damping = d * float(np.sum(W**2))
+    if by_damping > damped / 2 or not basis.spectrum[0] > 0:
+        return None
+    total, kept = damped - by_damping, basis.S**2 * (1 - d * np.sum(basis.P**2, axis=1))
+    if method.center:
+        assert moment.mean is not None
+        total += float(np.sum((W @ moment.mean) ** 2))
+        kept += (basis.S * (basis.P @ moment.mean)) ** 2
+    return Energy(total, kept)
 
 
 def output_energy(W: np.ndarray, moment: InputStatistics) -> float:
@@ -144,22 +189,19 @@ def rest(whole: InputStatistics, part: InputStatistics, share: float) -> InputSt
     return InputStatistics(whole.kind, other("second_moment"), other("diagonal"), other("output"), other("mean"))
 
 
-def crossed(
-    W: np.ndarray, a: InputStatistics, b: InputStatistics, share: float, method: Method, totals: tuple[float, float]
-) -> Crossed:
-    """The bases of two parts of the tokens, each scored on both. totals: `output_energy` of a and of b."""
-    made = [whitened_svd(W, a, method)]
+def crossed(W: np.ndarray, a: InputStatistics, b: InputStatistics, share: float, method: Method) -> Crossed:
+    """The bases of two parts of the tokens, each scored on both."""
+    of_a = whitened_svd(W, a, method)
     same = method.metric == "identity" and method.select != "activation"  # whatever the tokens
-    made += made if same else [whitened_svd(W, b, method)]
-    energies = []
-    for basis in made:
-        for moment, total in zip((a, b), totals, strict=True):
-            if method.metric == "components":
-                energies.append(Energy(input_variance(moment), kept_variance(basis.P, moment)))
-            else:
-                energies.append(Energy(total, kept_output(basis.U, basis.S, basis.P, moment)))
-    a_on_a, a_on_b, b_on_a, b_on_b = energies
-    return Crossed(share, a_on_a, a_on_b, b_on_b, b_on_a)
+    of_b = of_a if same else whitened_svd(W, b, method)
+    a_on_a, b_on_b = own_energy(W, of_a, a, method), own_energy(W, of_b, b, method)
+
+    def on(basis: WhitenedSVD, moment: InputStatistics, total: float) -> Energy:
+        if method.metric == "components":
+            return Energy(total, kept_variance(basis.P, moment))
+        return Energy(total, kept_output(basis.U, basis.S, basis.P, moment))
+
+    return Crossed(share, a_on_a, on(of_a, b, b_on_b.total), b_on_b, on(of_b, a, a_on_a.total))
 
 
 def _need_matrix(moment: InputStatistics) -> None:

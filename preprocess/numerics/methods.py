@@ -13,6 +13,7 @@ from ...errors import PrepError, did_you_mean
 
 METRICS = ("full", "diagonal", "identity", "components")
 SELECTIONS = ("top", "bottom", "activation")
+POOLINGS = ("rms", "mean_abs")
 SOLVERS = ("auto", "exact", "svd", "randomized")
 MOMENT_KINDS = ("full", "diagonal", "output")
 
@@ -26,10 +27,11 @@ def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """What the SVD is taken in (metric, power, damping, center) and which directions are kept (select, rank).
+    """What the SVD is taken in (metric, power, damping, center) and which directions are kept (select, pooling, rank).
 
     damping is relative to mean(diag C); epsilon, when given, is the absolute form and replaces it. center takes the
-    mean out of C. Power 0 is metric identity; metric components is always centred. Raises PrepError.
+    mean out of C. pooling is that of an activation: its root mean square, or the mean of its magnitude over a sample of
+    tokens. Power 0 is metric identity; metric components is always centred. Raises PrepError.
     """
 
     metric: str = "full"
@@ -40,11 +42,13 @@ class Method:
     epsilon: float | None = None
     center: bool = False
     solver: str = "auto"
+    pooling: str = "rms"
 
     def __post_init__(self) -> None:
         one_of("metric", self.metric, METRICS)
         one_of("select", self.select, SELECTIONS)
         one_of("solver", self.solver, SOLVERS)
+        one_of("pooling", self.pooling, POOLINGS)
         if self.rank < 1:
             raise PrepError(f"rank {self.rank} is too small: ask for at least 1")
         for name in ("power", "damping", "epsilon"):
@@ -57,6 +61,8 @@ class Method:
             raise PrepError("center has no effect in metric identity: leave it out, or take metric full or diagonal")
         if self.solver == "randomized" and self.select != "top":
             raise PrepError(f"solver randomized finds the top only, not {self.select}: take solver exact")
+        if self.pooling != "rms" and self.select != "activation":
+            raise PrepError(f"pooling {self.pooling} is for select activation, not {self.select}: take that, or rms")
         if self.metric == "components":
             object.__setattr__(self, "center", True)
             if self.select != "top":
@@ -120,8 +126,15 @@ def check(moment_kind: str | None, method: Method) -> str | None:
         wish = f"metric full at power {method.power:g}"
     elif metric == "full" and method.solver == "svd":
         wish = "solver svd in metric full"
-    elif activation and moment_kind == "diagonal":
+    elif activation and method.pooling == "rms" and moment_kind == "diagonal":
         wish = "select activation"
     if wish is None or moment_kind == "full":
         return None
     return f"{wish} needs the full second moment, not {moment_kind}: run `prep covariance --moment full`"
+
+
+def check_sample(sampled: bool, method: Method) -> str | None:
+    """Why a layer with or without a sample of its tokens cannot serve the method; None if it can."""
+    if method.pooling == "rms" or sampled:
+        return None
+    return f"pooling {method.pooling} needs a sample of the tokens, and none was kept"

@@ -27,6 +27,7 @@ class InputStatistics:
 
     kind `full`: second_moment (d_in, d_in) = E[x x^T], from which `diagonal` is taken; `diagonal`: diagonal (d_in,) =
     E[x_i^2]; `output`: diagonal, and output (d_out, d_out) = E[y y^T] of the bias-free y = W x. mean (d_in,) = E[x].
+    tokens (n, d_in), float32: a sample of x, for pooling mean_abs.
     Raises PrepError for what is missing, NaN or Inf.
     """
 
@@ -35,6 +36,7 @@ class InputStatistics:
     diagonal: np.ndarray | None = None
     output: np.ndarray | None = None
     mean: np.ndarray | None = None
+    tokens: np.ndarray | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,7 +45,7 @@ class InputStatistics:
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise PrepError(f"a moment of kind {self.kind} lacks {' and '.join(missing)}")
-        for name in ("second_moment", "diagonal", "output", "mean"):
+        for name in ("second_moment", "diagonal", "output", "mean", "tokens"):
             array = getattr(self, name)
             if array is not None and not np.isfinite(array).all():
                 raise PrepError(f"the moment ({name}) holds NaN or Inf: run `prep covariance` again")
@@ -66,7 +68,7 @@ def gram(A: np.ndarray, moment: InputStatistics | None, method: Method, lower: n
         F = factor(A, moment, method)
         return F @ F.T
     assert moment is not None
-    C, damping = moment.second_moment, _damping(moment, method)
+    C, damping = moment.second_moment, added_diagonal(moment, method)
     if C is not None and lower is not None:
         G = lapack.congruence(lower, C + damping * np.eye(len(C)))
     elif C is not None:
@@ -89,8 +91,8 @@ def factor(A: np.ndarray, moment: InputStatistics | None, method: Method) -> np.
         return A
     assert moment is not None
     if method.metric == "diagonal":
-        return A * (_variance(moment, method) + _damping(moment, method)) ** method.power
-    C, damping = moment.second_moment, _damping(moment, method)
+        return A * (_variance(moment, method) + added_diagonal(moment, method)) ** method.power
+    C, damping = moment.second_moment, added_diagonal(moment, method)
     assert C is not None
     if method.power == 1:
         B = A @ C + damping * A
@@ -107,7 +109,7 @@ def centred(moment: InputStatistics) -> np.ndarray:
     return moment.second_moment - np.outer(_mean(moment), _mean(moment))
 
 
-def _damping(moment: InputStatistics, method: Method) -> float:
+def added_diagonal(moment: InputStatistics, method: Method) -> float:
     """What is added to the diagonal of C, in the units of C."""
     return method.damping * float(_variance(moment, method).mean()) if method.epsilon is None else method.epsilon
 

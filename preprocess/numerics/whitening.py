@@ -19,9 +19,10 @@ import numpy as np
 
 from ...errors import PrepError
 from . import lapack, randomized, solvers
-from .methods import Method, check
+from .methods import Method, check, check_sample
 from .metric import InputStatistics, centred, factor, gram
 
+TOKENS = 512  # of a sample that are multiplied at a time
 CHOLESKY_LOSS = 1e-8  # of orthogonality in U = W L^-T Z: about eps cond(W)^2; above this W is decomposed by QR
 GRAM_FLOOR = 1e-6  # a selected S_i below this share of S_max is not taken from G, whose condition number is squared
 _EPS = float(np.finfo(np.float64).eps)
@@ -58,6 +59,8 @@ def whitened_svd(W: np.ndarray, moment: InputStatistics | None, method: Method) 
     value is NaN or Inf.
     """
     reason = check(moment.kind if moment else None, method)
+    if reason is None and (lacking := check_sample(moment is not None and moment.tokens is not None, method)):
+        reason = f"{lacking}: calibrate with `prep covariance --keep-tokens 4096`"
     if reason:
         raise PrepError(reason)
     W = np.asarray(W, dtype=np.float64)
@@ -153,7 +156,7 @@ def _of_rows(A: np.ndarray, moment: InputStatistics | None, method: Method, rank
     if solution is not None:
         return solution
     S, Z = solvers.svd(factor(A, moment, method))
-    order = _select(S, Z, A, moment, method.select)[:rank]
+    order = _select(S, Z, A, moment, method)[:rank]
     return _Directions(S, order, Z[:, order], float(np.sum(S**2)), "svd")
 
 
@@ -170,7 +173,7 @@ def _by_gram(
             return _Directions(S, np.arange(rank), Z, float(np.trace(G)), "randomized")
     if method.select == "activation":
         S, Z = solvers.gram(G)
-        order = _select(S, Z, A, moment, method.select)[:rank]
+        order = _select(S, Z, A, moment, method)[:rank]
         Z = Z[:, order]
     else:
         order = np.arange(len(G))[:: 1 if method.select == "top" else -1][:rank]
@@ -181,23 +184,36 @@ def _by_gram(
     return _Directions(S, order, Z, float(np.sum(S**2)), "gram")
 
 
-def _select(S: np.ndarray, Z: np.ndarray, A: np.ndarray, moment: InputStatistics | None, select: str) -> np.ndarray:
+def _select(S: np.ndarray, Z: np.ndarray, A: np.ndarray, moment: InputStatistics | None, method: Method) -> np.ndarray:
     """Direction numbers (k,), the first ones to be kept: S descending or ascending, or the activation score.
 
     The score `S_i rms(P_i x)` is `rms(u_i^T W x)`, from `U^T (W C W^T) U`: P is not needed, and E[y y^T] serves.
+    Pooled as mean_abs it is `S_i E|P_i x| = E|u_i^T W x|` over the sample of tokens.
     """
-    if select == "top":
+    if method.select == "top":
         return np.arange(len(S))
-    if select == "bottom":
+    if method.select == "bottom":
         return np.arange(len(S))[::-1]
     assert moment is not None
-    if moment.second_moment is not None:
+    if method.pooling == "mean_abs":
+        score = _mean_abs(Z.T @ A, moment)
+    elif moment.second_moment is not None:
         X = Z.T @ A
         score = np.einsum("ij,ij->i", X @ moment.second_moment, X)
     else:
         assert moment.output is not None
         score = np.einsum("ij,ij->j", moment.output @ Z, Z)
     return np.argsort(-score, kind="stable")
+
+
+def _mean_abs(X: np.ndarray, moment: InputStatistics) -> np.ndarray:
+    """`E|X_i x|` (n,) of the rows of X (n, d_in) over the sample of tokens."""
+    tokens = moment.tokens
+    assert tokens is not None
+    score = np.zeros(len(X))
+    for a in range(0, len(tokens), TOKENS):
+        score += np.abs(X @ tokens[a : a + TOKENS].T.astype(np.float64)).sum(1)
+    return score / len(tokens)
 
 
 def _components(W: np.ndarray, moment: InputStatistics, rank: int) -> WhitenedSVD:
@@ -250,6 +266,8 @@ def _validate(W: np.ndarray, moment: InputStatistics | None, method: Method) -> 
     if method.center and moment.mean is None:
         raise PrepError("the centred second moment needs the mean, which is not stored: run `prep covariance` again")
     d_out, d_in = W.shape
+    if moment.tokens is not None and moment.tokens.shape[1:] != (d_in,):
+        raise PrepError(f"the tokens {moment.tokens.shape} belong to another model: the weight is {W.shape}")
     shapes = {"second_moment": (d_in, d_in), "diagonal": (d_in,), "output": (d_out, d_out), "mean": (d_in,)}
     for name, shape in shapes.items():
         array = getattr(moment, name)

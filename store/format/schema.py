@@ -60,6 +60,7 @@ FORMAT = "prep"
 FORMAT_VERSION = 1
 SLAB = 64  # ranks per chunk of U and P
 ROWS = 64  # layers per chunk of S and the spectrum
+SAMPLE_ROWS = 1024  # tokens per chunk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NAME_BYTES = 200  # of a name that is written: file systems keep 255, of which suffixes take some
 # files on their way to their names, as `put_each` and zarr call them
@@ -90,6 +91,11 @@ def panel_edge(d: int) -> int:
 def vector(d: int, *dtypes: str) -> Layout:
     """An array (d,) in one chunk."""
     return Layout((d,), (d,), dtypes)
+
+
+def rows(n: int, d: int, *dtypes: str) -> Layout:
+    """An array (n, d) in chunks of whole rows."""
+    return Layout((n, d), (min(n, SAMPLE_ROWS), d), dtypes)
 
 
 def symmetric(d: int, *dtypes: str) -> Layout:

@@ -39,11 +39,11 @@ ROOT = {
     "status": ("complete", "incomplete"),
     "bases": list,
     "corpus?": (NULL, _CORPUS),
-    "options?": (NULL, dict),
+    "options?": (NULL, {"keep_tokens?": int}),
     "moments?": str,
     "removed?": {"corpus": _CORPUS, "options": (NULL, dict), "id": Word},
     "checkpoint?": (NULL, dict),
-    "run?": (NULL, dict),
+    "run?": (NULL, {"started?": str, "seconds?": float}),
 }
 MOMENTS = {"sites": {str: list}, "skipped?": {str: str}, "hashes?": {str: str}}
 SITE = {
@@ -53,6 +53,7 @@ SITE = {
     "arrays": {str: str},
     "hash": str,
     "half?": {"count": int, "share": float},
+    "sample?": int,
 }
 BASIS = {
     "status": ("complete", "incomplete"),
@@ -61,6 +62,7 @@ BASIS = {
         "rank": int,
         "power?": float,
         "select?": ("top", "bottom", "activation"),
+        "pooling?": ("rms", "mean_abs"),
         "damping?": (float, NULL),
         "epsilon?": (float, NULL),
         "center?": bool,
@@ -68,7 +70,7 @@ BASIS = {
     },
     "dtype": ("float64", "float32", "float16", "bfloat16"),
     "model": _MODEL,
-    "groups": {str: {"layers": list, "rank": int, "spectrum": int}},
+    "groups": {str: {"layers": list, "rank": int, "spectrum": int, "shares?": [("kept", "unseen")]}},
     "layers": {
         str: {
             "shape": [int],
@@ -83,6 +85,7 @@ BASIS = {
             "weight_dtype": Word,
             "hash?": str,
             "checksums?": str,
+            "shares?": str,
             "crossed?": (NULL, {"ranks": [int], "unseen": [float], "excess": [float], "least": [float]}),
         }
     },

@@ -22,7 +22,7 @@ def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("messages")
     net = tiny.llama()
     tiny.store(path / "prep.zarr", net, tuple(tiny.METHODS), rank=24)
-    tiny.store(path / "other.zarr", net)
+    tiny.store(path / "other.zarr", net, shares=False)
     tiny.store(path / "bare" / "prep.zarr", net, ("identity",))
     tiny.store(path / "low" / "prep.zarr", net, rank=12)
     for name, core, embed in (
@@ -143,6 +143,35 @@ ATTACH = {
     "rank 0": (
         attach(rank=0),
         "rank 0 asked for, basis 'full' holds 1 to 24: make it with `prep decompose --rank 0 --overwrite`",
+    ),
+    "a budget that is none": (
+        attach(rank="lots"),
+        "'lots' is not a budget: write parameters like 2M, or the share to keep like 95%",
+    ),
+    "a rank as text": (
+        attach(rank="8"),
+        "'8' is not a budget: write parameters like 2M, or the share to keep like 95%",
+    ),
+    "a budget below rank 1": (
+        attach(rank="0.9k"),
+        "a budget of 900 parameters is below rank 1 of the 14 layers, 928: ask for more",
+    ),
+    "a budget of a basis that does not say": (
+        attach(store="other.zarr", rank="4k"),
+        "basis 'full' does not say what its directions keep of the outputs: run `prep covariance --model X --data Y "
+        "--store other.zarr`, then `prep decompose --rank 16 --overwrite --store other.zarr`",
+    ),
+    "a rank by layer above the stored one": (
+        attach(rank={"model.layers.0.mlp.up_proj": 25}),
+        "rank 25 of model.layers.0.mlp.up_proj asked for, basis 'full' holds 1 to 24: take one of these",
+    ),
+    "ranks of a layer that the basis lacks": (
+        attach(rank={"lm_head": 4}),
+        "basis 'full' does not hold the layer lm_head; `prep info` lists its layers",
+    ),
+    "ranks of other layers": (
+        attach(rank={"model.layers.0.mlp.up_proj": 4}, layers="self_attn"),
+        "rank= names no layer to adapt: give ranks by layer, as `prep ranks` writes them",
     ),
     "layers that match nothing": (
         attach(layers="lm_head"),
@@ -364,6 +393,25 @@ PEFT = {
     "a pattern above the stored rank": (
         start(r=4, rank_pattern={"k_proj": 17}),
         "rank 17 does not fit model.layers.0.self_attn.k_proj, which has 1 to 16: lower it or set rank_pattern",
+    ),
+    "a budget of a share that is not reached": (
+        start(r="99.99%"),
+        "all of basis 'full' keeps ...%, not 99.99%: ask for less, or make it anew with `prep decompose --rank 32 "
+        "--overwrite --store start.zarr`",
+    ),
+    "a budget for eva": (
+        start("eva", r="4k"),
+        "r='4k' is a budget, and init 'eva' redistributes its ranks itself: give r as a number, or ranks as "
+        "rank_pattern",
+    ),
+    "a budget without a basis": (
+        start("lora", r="4k"),
+        "r='4k' is a budget, and init 'lora' has no basis to choose ranks by: give r as a number, or ranks as "
+        "rank_pattern",
+    ),
+    "a budget and a pattern": (
+        start(r="4k", rank_pattern={"q_proj": 4}),
+        "r='4k' chooses the rank of every layer: leave out rank_pattern",
     ),
     "more components than are stored": (
         start("eva", r=12),

@@ -231,6 +231,20 @@ def test_without_masks_every_row_of_both_sides_counts(tmp_path):
     assert moments["decoder.block.0.layer.1.EncDecAttention.q"].count == 6
 
 
+def test_a_layer_that_is_called_again_is_seen_each_time_in_several_passes(tmp_path):
+    class Again(nn.Sequential):
+        def forward(self, x):
+            return super().forward(super().forward(x))
+
+    torch.manual_seed(0)
+    net, options = Again(nn.Linear(8, 8), nn.Linear(8, 8)), {"batches": [torch.randn(5, 8)], "quiet": True}
+    one = prep.covariance(net, store=tmp_path / "one", **options).moments
+    several = prep.covariance(net, store=tmp_path / "several", memory_budget=1000, **options).moments
+    for layer in one:
+        assert one[layer].count == several[layer].count == 10
+        assert torch.equal(one[layer].second_moment, several[layer].second_moment)
+
+
 # Experts
 
 

@@ -1,5 +1,8 @@
 """What a basis loses, against both weights run on tokens in float64; its excess, against two parts and the world."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 from layers import SHAPES, activations, diagonal, full, output, weight
@@ -13,9 +16,10 @@ from prep.preprocess.numerics.evaluation import (
     kept_output,
     kept_variance,
     output_energy,
+    own_energy,
     rest,
 )
-from prep.preprocess.numerics.methods import Method
+from prep.preprocess.numerics.methods import Method, check
 from prep.preprocess.numerics.whitening import whitened_svd
 
 RANKS = (1, 5, 12, 40)
@@ -78,6 +82,43 @@ def test_eva_is_scored_by_the_input_variance_that_p_holds():
             assert energy.lost(rank) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("moment", ["full", "output"])
+@pytest.mark.parametrize(
+    "method", [*METHODS, Method("full", epsilon=3.0), Method("full", solver="randomized")], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_energy_on_own_tokens_needs_no_product_where_the_svd_tells_it(shape, method, moment):
+    """Of every method what products with the moment give: with damping, also absolute or above C, and centred."""
+    W, X = weight(*shape), activations(shape[1])
+    made = full(X) if moment == "full" else output(X, W)
+    if check(made.kind, method) is not None:
+        pytest.skip("the moment does not serve the method")
+    for damping in (method.damping, 50.0):
+        method = replace(method, rank=2 if method.solver == "randomized" else 12, damping=damping)
+        basis = whitened_svd(W, made, method)
+        energy, total = own_energy(W, basis, made, method), output_energy(W, made)
+        kept = kept_output(basis.U, basis.S, basis.P, made)
+        assert energy.total == pytest.approx(total, rel=1e-9)
+        np.testing.assert_allclose(energy.kept, kept, rtol=1e-6, atol=1e-12 * total)
+        np.testing.assert_allclose(energy.shares, kept / total, rtol=1e-6, atol=1e-12)
+        assert own_energy(W, basis, made, method, partial(float, total)).total == pytest.approx(total, rel=1e-9)
+
+
+def test_the_energy_of_components_is_their_variance():
+    W, X = weight(40, 96), activations(96)
+    method = Method("components", rank=12)
+    basis = whitened_svd(W, full(X), method)
+    energy = own_energy(W, basis, full(X), method)
+    assert energy.total == pytest.approx(np.var(X, axis=0).sum(), rel=1e-9)
+    np.testing.assert_allclose(energy.kept, kept_variance(basis.P, full(X)), rtol=1e-6, atol=1e-12 * energy.total)
+
+
+def test_a_layer_without_energy_keeps_nothing():
+    W, X = np.zeros((40, 96)), activations(96)
+    basis = whitened_svd(W, full(X), Method(rank=12))
+    assert (own_energy(W, basis, full(X), Method(rank=12)).shares == np.zeros(12)).all()
+
+
 def test_moments_that_cannot_serve():
     W, X = weight(40, 96), activations(96)
     basis = whitened_svd(W, full(X), Method(rank=12))
@@ -99,8 +140,7 @@ def test_the_rest_of_the_tokens_is_the_difference(make):
 
 
 def parts(W, a, b, share, method):
-    totals = output_energy(W, a), output_energy(W, b)
-    return crossed(W, a, b, share, method, totals)
+    return crossed(W, a, b, share, method)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3])
@@ -111,6 +151,11 @@ def test_crossed_errors_against_tokens(share):
     A, B = X[:cut], X[cut:]
     got = parts(W, full(A), full(B), share, method)
     of_a, of_b = whitened_svd(W, full(A), method), whitened_svd(W, full(B), method)
+    shares = [
+        kept_output(basis.U, basis.S, basis.P, full(other)) / np.mean(np.sum((other @ W.T) ** 2, axis=1))
+        for basis, other in ((of_a, B), (of_b, A))
+    ]
+    np.testing.assert_allclose(got.kept, np.mean(shares, axis=0), rtol=1e-6)
     for rank in (1, 5, 12):
         on_other = [lost_on(B, W, of_a, rank), lost_on(A, W, of_b, rank)]
         on_own = [lost_on(A, W, of_a, rank), lost_on(B, W, of_b, rank)]

@@ -12,6 +12,7 @@ import tiny
 
 import prep
 from prep import Interrupted, PrepError
+from prep.preprocess.calibration.estimate import lines
 from prep.preprocess.calibration.job import Calibration
 from prep.preprocess.verify import verify
 from prep.store import open_store
@@ -182,6 +183,27 @@ def test_bases_of_fewer_sequences_are_removed_and_named(place, tmp_path, capsys)
     )
     assert "bases full of 8 sequences are gone: run `prep decompose` again" in said
     assert list(grown.bases) == [] and verify(tmp_path / "s").findings == []
+
+
+def test_a_dry_run_tells_what_is_left(place, tmp_path, capsys):
+    """Of a store of this run; one of other options would not grow."""
+    store = calibrate(place, tmp_path / "s", 8).location
+    before = tiny.contents(store)
+    whole = calibrate(place, tmp_path / "new", 40, dry_run=True)
+    capsys.readouterr()
+    left = calibrate(place, store, 40, dry_run=True, quiet=False)
+    assert "runs a sample, 5 of 32 sequences a pass" in capsys.readouterr().err
+    assert (whole.first, whole.tokens) == (0, 640) and (left.first, left.tokens) == (8, 512)
+    assert (left.disk, left.checkpoint, left.accumulators) == (whole.disk, whole.checkpoint, whole.accumulators)
+    assert "passes   1 over 512 tokens, after the 8 sequences that are there" in lines(left)
+    assert "passes   1 over 640 tokens" in lines(whole)
+    assert calibrate(place, store, 12, dry_run=True).disk == left.disk  # the first 8 are kept as a half
+    for other in ({"seed": 3}, {"moment": "diagonal"}, {"overwrite": True}):
+        assert calibrate(place, store, 40, dry_run=True, **other).first == 0
+    assert tiny.contents(store) == before
+    grown = calibrate(place, store, 40)
+    held = sum(len(raw) for name, raw in tiny.contents(store).items() if not name.endswith("zarr.json"))
+    assert left.disk == pytest.approx(held, rel=0.1) and grown.corpus["num_sequences"] == 40
 
 
 # --until

@@ -27,6 +27,8 @@ def place(tmp_path_factory):
         for moment in ("full", "diagonal", "output"):
             prep.covariance("model", "text.jsonl", store=moment, moment=moment, **tiny.RUN)
         prep.decompose("full", rank=4, quiet=True)
+        prep.pool(["full", "full"], store="pool")
+        prep.covariance(Net(), batches=IDS, store="batches", quiet=True)
         prep.decompose("bases", model="model", metric="identity", rank=2, quiet=True)
     write_texts(path)
     write_models(path)
@@ -212,6 +214,11 @@ COVARIANCE = {
         "model.layers.0.self_attn.q_proj needs 8.45e-06 GB of accumulators, the --memory-budget is 1e-06 GB: "
         "raise it, or take --moment auto or diagonal",
     ),
+    "a budget that holds no site with its tokens": (
+        covariance(memory_budget=9000, keep_tokens=100),
+        "model.layers.0.self_attn.q_proj needs 2.2e-05 GB of accumulators, the --memory-budget is 9e-06 GB: raise it, "
+        "or take --moment auto or diagonal, or fewer --keep-tokens",
+    ),
     # layers
     "targets that match nothing": (
         covariance(targets=["nope"]),
@@ -247,6 +254,14 @@ COVARIANCE = {
     "no such dtype": (
         covariance(dtype="int8"),
         "--dtype 'int8' does not exist: take one of auto, float32, float64, bfloat16, float16",
+    ),
+    "fewer tokens than none": (
+        covariance(keep_tokens=-1),
+        "--keep-tokens -1 is not a number of tokens: give 0 for none, or more",
+    ),
+    "tokens as PEFT scales them": (
+        covariance(keep_tokens=8, compat="peft-corda"),
+        "--keep-tokens keeps inputs as they are, --compat peft-corda scales them: leave out one",
     ),
     "no such device": (
         covariance(device="abacus"),
@@ -317,6 +332,11 @@ COVARIANCE = {
         "mask= belongs to batches=: text is masked by its tokenizer",
     ),
     # stores
+    "tokens that a store did not keep": (
+        covariance(store="full", keep_tokens=8),
+        "full holds a run with other options (options keep_tokens: None there, 8 asked for): name another --store, or "
+        "replace it with --overwrite",
+    ),
     "a store of other options": (
         covariance(store="full", seed=1, moment="diagonal", targets=["mlp"]),
         "full holds a run with other options (corpus seed: 0 there, 1 "
@@ -456,6 +476,34 @@ DECOMPOSE = {
         decompose("diagonal", for_="antipasto"),
         "model.layers.0.self_attn.q_proj: select activation needs the full second moment, not diagonal: run "
         "`prep covariance --moment full` into another --store, or with --overwrite",
+    ),
+    "magnitudes without tokens": (
+        decompose("full", for_="antipasto", pooling="mean_abs"),
+        "model.layers.0.self_attn.q_proj: pooling mean_abs needs a sample of the tokens, and none was kept: run its "
+        "`prep covariance` command again with `--overwrite --keep-tokens 4096`",
+    ),
+    "magnitudes without tokens of a diagonal": (
+        decompose("diagonal", for_="antipasto", pooling="mean_abs"),
+        "model.layers.0.self_attn.q_proj: pooling mean_abs needs a sample of the tokens, and none was kept: run its "
+        "`prep covariance` command again with `--overwrite --keep-tokens 4096`",
+    ),
+    "magnitudes without tokens of a pool": (
+        decompose("pool", for_="antipasto", pooling="mean_abs"),
+        "model.layers.0.self_attn.q_proj: pooling mean_abs needs a sample of the tokens, and none was kept: calibrate "
+        "the parts of this pool with `--keep-tokens 4096` and pool them again",
+    ),
+    "magnitudes without tokens of batches": (
+        lambda: prep.decompose("batches", metric="identity", select="activation", pooling="mean_abs", model=Net()),
+        "first: pooling mean_abs needs a sample of the tokens, and none was kept: calibrate again with "
+        "overwrite=True, keep_tokens=4096",
+    ),
+    "magnitudes of the top": (
+        decompose(pooling="mean_abs"),
+        "pooling mean_abs is for select activation, not top: take that, or rms",
+    ),
+    "no such pooling": (
+        decompose(for_="antipasto", pooling="max"),
+        "pooling 'max' does not exist: take one of rms, mean_abs",
     ),
     "power 1 from an output": (
         decompose("output", for_="corda_ipm"),

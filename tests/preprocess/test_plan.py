@@ -14,7 +14,7 @@ from prep.preprocess.calibration.part import Part
 from prep.preprocess.calibration.plan import make_plan
 from prep.preprocess.model.sites import Site
 from prep.preprocess.options import CovarianceOptions
-from prep.units import blocks_as_text, parse_blocks, parse_seconds, parse_size
+from prep.units import blocks_as_text, parse_blocks, parse_budget, parse_seconds, parse_size
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,24 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2M", 2_000_000),
+        ("0.5k", 500),
+        ("1.5 B", 1_500_000_000),
+        ("3e5", 300_000),
+        ("2000", 2000),
+        (64, 64),
+        ("95%", 0.95),
+        ("99.5 %", 0.995),
+        ("100%", 1.0),
+    ],
+)
+def test_budgets(text, budget):
+    assert parse_budget(text) == budget and type(parse_budget(text)) is type(budget)
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("1h", 3600), ("2.5", 2.5)])
 def test_times(text, seconds):
     assert parse_seconds(text) == seconds
@@ -129,6 +147,17 @@ def test_times(text, seconds):
         (parse_size, 8.5),
         (parse_seconds, "soon"),
         (parse_blocks, "3-1"),
+        (parse_budget, "all"),
+        (parse_budget, "64"),
+        (parse_budget, "0.95"),
+        (parse_budget, 0.95),
+        (parse_budget, 0),
+        (parse_budget, -5),
+        (parse_budget, True),
+        (parse_budget, "120%"),
+        (parse_budget, "0%"),
+        (parse_budget, "1e999"),
+        (parse_budget, "2MB"),
     ],
 )
 def test_what_is_no_size_or_time(parse, text):

@@ -22,7 +22,7 @@ def small_slabs():
 def one_block(tmp_path_factory):
     """A store of the moments of block 1, with a basis of rank 4."""
     given = tiny.sources(tmp_path_factory.mktemp("made"))
-    prep.covariance(given.model, given.data, store=given.path / "s", layers="1", **tiny.RUN)
+    prep.covariance(given.model, given.data, store=given.path / "s", layers="1", keep_tokens=12, **tiny.RUN)
     prep.decompose(given.path / "s", rank=4, quiet=True)
     return given.path / "s"
 

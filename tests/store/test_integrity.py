@@ -30,7 +30,7 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 def made(tmp_path_factory):
     """A model and two stores of it: full moments with two bases, and output moments."""
     made = tiny.sources(tmp_path_factory.mktemp("made"))
-    prep.covariance(made.model, made.data, store=made.path / "full", **tiny.RUN)
+    prep.covariance(made.model, made.data, store=made.path / "full", keep_tokens=12, **tiny.RUN)
     prep.decompose(made.path / "full", rank=4, quiet=True)
     prep.decompose(made.path / "full", for_="antipasto", rank=4, dtype="bfloat16", quiet=True)
     options = {"moment": "output", "moment_dtype": "float32", **tiny.RUN}
@@ -199,6 +199,16 @@ def test_a_half_that_is_no_part_of_the_tokens_is_found(store, factor, name):
     assert finding.where == f"moments/{site}/{name}" and "not positive semi-definite" in finding.problem
 
 
+@pytest.mark.parametrize(
+    "change", [lambda u: u[::-1].copy(), lambda u: u + 1, lambda u: u - 1], ids=["fall", "+1", "-1"]
+)
+def test_priorities_that_are_not_those_of_a_sample_are_found(store, change):
+    site = _site(store, DOWN)
+    rewritten(store, f"moments/{site}", "priorities", change)
+    [finding] = verify(store).findings
+    assert finding.where == f"moments/{site}/priorities" and "they do not rise from 0 to 1" in finding.problem
+
+
 def test_a_mean_of_another_sample_is_found(store):
     site = _site(store, DOWN)
     rewritten(store, f"moments/{site}", "mean", lambda mean: 100 * mean + 1)
@@ -215,7 +225,8 @@ def test_a_basis_that_is_none_is_found(made, store, wrong):
     writer = BasisWriter.resume(root, "full")
     U = one.U * 1.01 if wrong == "U" else one.U
     P = one.P * 1.01 if wrong == "P" else one.P
-    writer.note(writer.put(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""})))
+    shares = {role: basis.shares(role)[layer] for role in writer.shares}
+    writer.note(writer.put(layer, U, one.S, P, one.spectrum, LayerRecord(**{**asdict(one.record), "hash": ""}), shares))
     writer.finish()
     [finding] = verify(store, model=made.model).findings[:1]
     assert finding.where == f"bases/full: {layer}"

@@ -46,6 +46,10 @@ def place(tmp_path_factory):
     ):
         prep.covariance(net, str(path / f"{data}.jsonl"), store=path / name, **{**run, **options})
     prep.decompose(path / "a", rank=4, quiet=True)
+    shutil.copytree(path / "a", path / "whole")
+    prep.decompose(path / "whole", rank=64, overwrite=True, quiet=True)
+    prep.decompose(path / "kinds", metric="diagonal", rank=4, quiet=True)
+    prep.decompose(path / "alone", model=model, metric="identity", rank=4, quiet=True)
     for name, change in DAMAGED.items():
         change(shutil.copytree(path / "a", path / name))
     (path / "folder").mkdir()
@@ -101,6 +105,20 @@ def linked_out(store):
     (store / MEAN).symlink_to(store.parent / "victim")
 
 
+def without_shares(store):
+    """The basis as versions wrote it that did not know what its directions keep."""
+
+    def forget(attrs):
+        for group in attrs["groups"].values():
+            del group["shares"]
+        for record in attrs["layers"].values():
+            del record["shares"]
+
+    edited("bases/full", forget)(store)
+    for path in [*store.glob("bases/full/*/kept"), *store.glob("bases/full/*/unseen")]:
+        shutil.rmtree(path)
+
+
 DAMAGED = {
     "incomplete": incomplete,
     "newer": edited("", lambda attrs: attrs.update(format_version=99)),
@@ -114,6 +132,7 @@ DAMAGED = {
     "no-basis": cut("bases/full/zarr.json"),
     "no-root": cut("zarr.json"),
     "linked": linked_out,
+    "earlier": without_shares,
     "stray": lambda store: (store / "bases" / "full" / "notes.txt").write_text("x"),
     "two-damages": lambda store: [flipped(f"{MEAN}/c/0")(store), flipped("bases/full/32x48/S/c/0/0")(store)],
 }
@@ -451,6 +470,72 @@ VERIFY = {
 @pytest.mark.parametrize("name", VERIFY)
 def test_verify(here, name):
     assert [(finding.where, finding.problem) for finding in verify(name).findings] == VERIFY[name]
+
+
+RANKS = {
+    "no such basis": (
+        lambda: prep.ranks("a", "2k", basis="ful"),
+        "the store has no basis 'ful' (it has: full) (did you mean 'full'?)",
+    ),
+    "no budget": (
+        lambda: prep.ranks("a", "many"),
+        "'many' is not a budget: write parameters like 2M, or the share to keep like 95%",
+    ),
+    "a bare number as text": (
+        lambda: prep.ranks("a", "64"),
+        "'64' is not a budget: write parameters like 2M, or the share to keep like 95%",
+    ),
+    "a share without its sign": (
+        lambda: prep.ranks("a", "0.95"),
+        "'0.95' is not a budget: write parameters like 2M, or the share to keep like 95%",
+    ),
+    "more than everything": (
+        lambda: prep.ranks("a", "120%"),
+        "'120%' is not a budget: write parameters like 2M, or the share to keep like 95%",
+    ),
+    "below rank 1": (
+        lambda: prep.ranks("a", 400),
+        "a budget of 400 parameters is below rank 1 of the 7 layers, 464: ask for more",
+    ),
+    "above all that is there": (
+        lambda: prep.ranks("a", "2M"),
+        "a budget of 2,000,000 parameters is above all of basis 'full', 1,856: ask for less, or make it anew with "
+        "`prep decompose --rank 8 --overwrite --store a`",
+    ),
+    "above all that there can be": (
+        lambda: prep.ranks("whole", "2M"),
+        "a budget of 2,000,000 parameters is above all of basis 'full', ...: ask for less",
+    ),
+    "a share that is not reached": (
+        lambda: prep.ranks("a", "99.9%"),
+        "all of basis 'full' keeps ...%, not 99.9%: ask for less, or make it anew with `prep decompose --rank 8 "
+        "--overwrite --store a`",
+    ),
+    "a basis without moments": (
+        lambda: prep.ranks("alone", "2k", basis="identity"),
+        "basis 'identity' does not say what its directions keep of the outputs: run `prep covariance --model X "
+        "--data Y --store alone`, then `prep decompose --for pissa --rank 4 --overwrite --store alone`",
+    ),
+    "diagonal moments": (
+        lambda: prep.ranks("kinds", "2k", basis="diagonal"),
+        "basis 'diagonal' does not say what its directions keep of the outputs: diagonal moments do not tell; "
+        "calibrate with `prep covariance --moment full` into another --store",
+    ),
+    "a basis of an earlier version": (
+        lambda: prep.ranks("earlier", "2k"),
+        "basis 'full' does not say what its directions keep of the outputs: make it anew with `prep decompose "
+        "--rank 4 --overwrite --store earlier`",
+    ),
+    "layers that match nothing": (
+        lambda: prep.ranks("a", "2k", layers="lm_head"),
+        "layers='lm_head' matches none of the basis, such as model.layers.1.self_attn.q_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", RANKS)
+def test_ranks(here, asked):
+    messages.check(*RANKS[asked])
 
 
 WHOLE = {

@@ -155,6 +155,22 @@ def test_any_rank_is_a_slice(stacked, rank):
             assert torch.equal(one.S, S[:rank]) and torch.equal(one.spectrum, spectrum)
 
 
+def test_all_spectra_are_read_at_once(stacked):
+    path, layers, given = stacked
+    found = dict(prep.open_store(path).bases["float32"].spectra())
+    assert list(found) == layers
+    assert all(torch.equal(found[layer], given["float32", layer][3]) for layer in layers)
+
+
+def test_mean_squares_are_read_from_the_chunks_on_the_diagonal(store):
+    path, C, _ = store
+    (path / "moments" / LAYER / "second_moment" / "c" / "1" / "0").unlink()
+    moment = prep.open_store(path).moments[LAYER]
+    np.testing.assert_array_equal(moment.squares().numpy(), C.diagonal())
+    with pytest.raises(prep.StoreError, match="is missing"):
+        _ = moment.diagonal
+
+
 def test_a_region_is_written_in_whole_chunks(stacked):
     root = prep.open_store(stacked[0], "r+").root
     layout = schema.Layout((5, 7), (2, 7), ("float64",))

@@ -69,6 +69,7 @@ def uses(path):
         "read": lambda: everything(path),
         "verify": lambda: verify(path),
         "attach": attach,
+        "ranks": lambda: prep.ranks(path, "90%"),
         "bases": lambda: [prep.export(path, "safetensors", place / "bases", overwrite=True), export("peft-lora")],
         "covariances": lambda: export("peft-corda-covariance"),
         "pool": lambda: pool([path, path], store=place / "pool", overwrite=True),
@@ -170,6 +171,13 @@ def test_halves_that_cannot_be(store, half):
     refused(store, "damaged")
 
 
+@pytest.mark.parametrize("sample", [0, -1, 11, 13, 10**6, 2**60, 1.5, None, [12], True])
+def test_samples_that_cannot_be(store, sample):
+    assert open_store(store).moments[SITE].sampled == 12
+    edit(store, f"moments/{SITE}", lambda document: document["attributes"].update(sample=sample))
+    refused(store, "damaged")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"ranks": [4, 4]}, {"ranks": []}, {"excess": []}, {"unseen": [-1.0]}, {"least": [float("inf")]}, {"least": ["x"]}],
@@ -259,6 +267,8 @@ WRONG = [
     *[(BASIS, key, value) for key in ("method", "dtype", "groups", "layers", "hash") for value in (7, {}, [])],
     *[(BASIS, "model", value) for value in (7, [], {"id": {}})],
     *[(BASIS, "groups/32x48", value) for value in (7, {}, {"layers": 7, "rank": 4, "spectrum": 32})],
+    *[(BASIS, "groups/32x48/shares", value) for value in (7, "kept", {}, ["unseen"], ["kept", "kept"], ["U"], [])],
+    *[(BASIS, f"{RECORD}/shares", value) for value in (7, None, "", "0" * 8, "0" * 16, "g" * 16)],
     (BASIS, "groups", {f"{2**40}x{2**40}": {"layers": [SITE], "rank": 2**40, "spectrum": 2**40}}),
     *[(BASIS, RECORD, value) for value in (7, {}, [], None)],
     *[

@@ -9,6 +9,7 @@ import torch
 
 import prep
 from prep.preprocess.numerics.device_sums import DeviceSums
+from prep.preprocess.numerics.sample import Sample
 from prep.store import open_store
 
 pytestmark = [
@@ -94,6 +95,34 @@ def test_equal_runs_are_bitwise_equal_and_no_site_waits(made, tmp_path):
         sums.add_input(X, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3-MoE"])
+def test_a_gpu_keeps_the_tokens_of_the_cpu(tmp_path, name):
+    given = tiny.sources(tmp_path, tiny.model(name), sentences=120)
+    options = {**OPTIONS, "dtype": "float64", "keep_tokens": 20, "pack": False}
+    for place, changed in (("cpu", {"device": "cpu"}), ("gpu", {}), ("host", {"device_memory": 0})):
+        prep.covariance(given.model, given.data, store=tmp_path / place, **{"device": "cuda", **options, **changed})
+    cpu = open_store(tmp_path / "cpu").moments
+    for place in ("gpu", "host"):
+        found = open_store(tmp_path / place).moments
+        for layer in cpu:
+            assert tiny.relative(found[layer].tokens, cpu[layer].tokens.numpy()) < 1e-5, (place, layer)
+
+
+def test_no_sample_waits_for_the_gpu():
+    rng, parts = np.random.default_rng(0), []
+    sample = Sample(64, 32, "cuda")
+    for _ in range(20):
+        X, of = torch.randn(50, 32, device="cuda"), rng.random(50)
+        parts.append((X, of))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sample.add(X, of)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    X, of = torch.cat([X for X, _ in parts]).cpu(), np.concatenate([of for _, of in parts])
+    assert torch.equal(sample.data().tokens, X[np.argsort(of)[:64]])
 
 
 def test_bases_from_a_gpu_attach_and_train_there(made, tmp_path):

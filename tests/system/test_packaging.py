@@ -13,7 +13,7 @@ import pytest
 import prep
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("preprocess", "adapters", "store")
+PACKAGES = ("preprocess", "adapters", "reporting", "store")
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "__pycache__", "*.zarr", "runs"
 )
@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_modules_and_nothing_else(built):
     modules |= {
         f"prep/{path.relative_to(ROOT).as_posix()}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")
     }
-    assert files == modules | {"prep/py.typed"}
+    assert files == modules | {"prep/py.typed", "prep/reporting/page.html"}
     assert {"prep/cli.py", "prep/__init__.py", "prep/store/format/schema.py"} <= files
 
 

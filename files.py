@@ -1,4 +1,4 @@
-"""Files that other libraries write for this package: whole or not there, with the permissions of any other file.
+"""Files for others to read: whole or not there, with the permissions of any other file.
 
 safetensors makes its files readable by their owner alone, whatever the umask.
 """
@@ -6,10 +6,14 @@ safetensors makes its files readable by their owner alone, whatever the umask.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from .errors import PrepError
 
 
 @contextlib.contextmanager
@@ -23,6 +27,18 @@ def written(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def new_json(path: str | Path, value: Any, overwrite: bool) -> None:
+    """Write a JSON file. PrepError where something is there and is not to be overwritten, or it cannot be written."""
+    target = Path(path)
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise PrepError(f"{target} is there already: name another path, or replace a file with --overwrite")
+    try:
+        with written(target) as partial:
+            partial.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise PrepError(f"cannot write {target}: {error.strerror}") from error
 
 
 def readable(folder: Path, pattern: str) -> None:
