@@ -255,7 +255,9 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 @_decompose_option("--overwrite", is_flag=True, help="Replace the basis of that name when the new one is complete.")
 @_decompose_option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 @_decompose_option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
-def decompose(store: str, quiet: bool, **options: Any) -> None:
+@_decompose_option("--dry-run", is_flag=True, help="Print what is read, memory and disk, from shapes; store nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print what --dry-run finds as JSON.")
+def decompose(store: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Decompose every layer in the metric of its second moment: W M = U diag(S) V^T, P = V^T M^-1.
 
     \b
@@ -266,10 +268,17 @@ def decompose(store: str, quiet: bool, **options: Any) -> None:
     prep decompose --repair nf4                  what bitsandbytes' 4 bits lose of W
     """
     from .preprocess.decompose import decompose as run
+    from .preprocess.decomposition.estimate import Estimate, lines
     from .preprocess.distributed import launched
 
+    if as_json and not options["dry_run"]:
+        raise PrepError("--json prints what --dry-run finds: give that, too")
     bases = run(store, quiet=quiet, distributed=launched(), **options)
     if bases is None:  # rank 0 says the rest
+        return
+    if isinstance(bases, Estimate):
+        for line in [json.dumps(vars(bases), indent=2)] if as_json else lines(bases, store):
+            click.echo(line)
         return
     for basis in {basis.name: basis for basis in (bases if isinstance(bases, list) else [bases])}.values():
         _say_basis(store, quiet, basis)

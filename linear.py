@@ -1,12 +1,13 @@
 """Linear layers as matrices: one orientation, one hash, wherever the weight is.
 
 Every formula of the project uses `W (d_out, d_in)` with `y = x @ W.T`, whatever a module calls its parameter. The
-weights of a model that accelerate spread over devices are partly kept elsewhere: in memory, or in a file.
+weights of a model may be kept elsewhere, all of them in a checkpoint, or some where accelerate put them.
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import PrepError
 
+READER = "_prep_reader"  # the attribute of a module whose parameters are read by it, as `reader` says
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,13 +43,17 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
     Packed and scaled weights are dequantised by their own library. PrepError where none is known for them.
     """
-    weight = parameter(module, "weight") if is_plain(module) else _dequantised(module, getattr(module, "weight", None))
-    return weight.T if is_conv1d(module) else weight
+    weight = getattr(module, "weight", None)  # once: that of an expert is read here
+    W = _values(module, "weight", weight) if _is_plain(module, weight) else _dequantised(module, weight)
+    return W.T if is_conv1d(module) else W
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the weight is an ordinary tensor of floating-point numbers: not packed, scaled, sparse or a subclass."""
-    weight: Any = getattr(module, "weight", None)
+    return _is_plain(module, getattr(module, "weight", None))
+
+
+def _is_plain(module: nn.Module, weight: Any) -> bool:
     if type(weight) not in (nn.Parameter, Tensor) or weight.layout != torch.strided or weight.dtype not in PLAIN:
         return False
     d_out, d_in = layer_shape(module)  # codes may be kept in a floating-point dtype
@@ -117,26 +123,41 @@ def kept_packed(model: nn.Module) -> Iterator[None]:
             vars(state).update(fields)
 
 
-def parameter(module: nn.Module, key: str) -> Tensor:
-    """The parameter `key` of a module with its values, read from where accelerate keeps it if it is offloaded.
+def parameter(module: nn.Module, key: str, part: int | None = None) -> Tensor:
+    """The parameter `key` of a module with its values, or `part` of its first dimension, read from where they are kept.
 
-    The module stays as it is and nothing is kept: from a file of the same dtype it is a mapped view. PrepError if the
-    values are nowhere.
+    The module stays as it is and nothing is kept. PrepError if the values are nowhere.
     """
-    value: Tensor = getattr(module, key).detach()
-    if not value.is_meta:
-        return value
-    hook = offload_hook(module)
-    if hook is None:
-        what = f"the {key} {tuple(value.shape)} of a {type(module).__name__}"
+    return _values(module, key, getattr(module, key), part)
+
+
+def _values(module: nn.Module, key: str, value: Any, part: int | None = None) -> Tensor:
+    held: Tensor = value.detach()
+    if not held.is_meta:
+        return held if part is None else held[part]
+    read = reader(module)
+    if read is None:
+        what = f"the {key} {tuple(held.shape)} of a {type(module).__name__}"
         raise PrepError(f"{what} is on the meta device, without values: load the model with its weights")
-    kept = hook.weights_map
+    return read(key, part).detach()
+
+
+def reader(module: nn.Module) -> Callable[[str, int | None], Tensor] | None:
+    """What reads a module's parameters that are not in memory, by key and part: from a checkpoint, or from where
+    accelerate keeps them. None where neither does.
+    """
+    hook = offload_hook(module)
+    return partial(_offloaded, hook.weights_map) if hook is not None else vars(module).get(READER)
+
+
+def _offloaded(kept: Any, key: str, part: int | None) -> Tensor:
+    """What accelerate keeps, on the CPU: from a file of the same dtype it is a mapped view."""
     source: Any = getattr(kept, "dataset", None)
     if hasattr(source, "device"):  # it reads files onto the device that computes: whole, even where a part is wanted
         source = copy.copy(source)
         source.device = "cpu"
-        return source[kept.prefix + key].detach()
-    return kept[key].detach()
+        kept, key = source, kept.prefix + key
+    return kept[key] if part is None else kept[key][part]
 
 
 def offload_hook(module: nn.Module) -> Any:

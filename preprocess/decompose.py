@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import PrepError
 from ..store import BasisSet, Store, open_store
+from .decomposition.estimate import Estimate, estimate
 from .decomposition.existing import not_made
 from .decomposition.job import Decomposition
 from .decomposition.request import basis_names, load_layers, open_requests
@@ -43,9 +45,13 @@ def decompose(
     break_lock: bool = False,
     trust_remote_code: bool = False,
     quiet: bool = False,
+    dry_run: bool = False,
     distributed: bool = False,
-) -> BasisSet | list[BasisSet] | None:
+) -> BasisSet | list[BasisSet] | Estimate | None:
     """Decompose every layer of the store into the basis `name` and return it; the options are the command's.
+
+    The weights of a path or hub id are read layer by layer from its safetensors, each once; a model that cannot be read
+    so (quantised, with code of its own, without safetensors) is loaded whole, which a line says.
 
     store: its path, URL, or the opened store.
     repair: a quantised copy Q of the model, whose error W - Q is decomposed in place of W: a recipe (nf4, fp4, int8, or
@@ -67,7 +73,8 @@ def decompose(
     model: a path, hub id or module; by default the store's, which it has if it was calibrated by path or hub id. With
     metric identity and `model`, no store need exist. revision: of `model` on the hub. trust_remote_code: run code from
     its repository.
-    quiet: print errors only. break_lock: take a writer's lock that another machine has left behind.
+    quiet: print errors only. break_lock: take a writer's lock that another machine has left behind. dry_run: return an
+    Estimate of what is read, of memory and disk, and store nothing.
 
     A basis that is there with the same options is returned, an incomplete one resumed; another one is refused, or with
     `overwrite` replaced when the new one is complete.
@@ -82,12 +89,16 @@ def decompose(
         return _decompose(options, world)
 
 
-def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[BasisSet] | None:
+def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[BasisSet] | Estimate | None:
+    if world.size > 1 and options.dry_run:
+        raise PrepError(f"--dry-run is for one process, these are {world.size}: start it without torchrun")
     requests = world.on_all(open_requests, options)
     missing = world.on_rank_zero(not_made, requests)
     todo = [request for request in requests if request.name in missing]
+    if options.dry_run:
+        return estimate(todo, options.quiet)
     if todo:
-        net, modules = world.on_all(load_layers, todo)
+        net, modules = world.on_all(load_layers, todo, options.quiet or world.rank > 0)
         with Decomposition(todo, net, modules, world) as job:
             for name, done in job.layers():
                 job.note(name, done)

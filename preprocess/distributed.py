@@ -181,11 +181,19 @@ class World:
         return [part[:count] for part, count in zip(parts, counts, strict=True)] if parts else []
 
     def gather_iter(self, own: Iterable[T]) -> Iterator[T]:
-        """Yield all ranks' items on rank 0 as they arrive; other ranks send theirs and yield nothing."""
+        """Yield all ranks' items on rank 0 as they arrive; other ranks send theirs and yield nothing.
+
+        A PrepError of another rank is raised here, too, where it is told.
+        """
         if self.rank > 0:
-            for item in chain(own, [None]):
-                with _in_contact():
-                    dist.send_object_list([item], dst=0, group=self.everyone, device=torch.device("cpu"))
+            try:
+                for item in chain(own, [None]):
+                    self._send(item)
+            except PrepError as error:
+                if not error.silent:
+                    self._send(error)
+                    error.silent = True
+                raise
             return
         inbox: SimpleQueue = SimpleQueue()
         for source in range(1, self.size):
@@ -203,6 +211,10 @@ class World:
             sending -= arrived is None
             if arrived is not None:
                 yield arrived
+
+    def _send(self, item: Any) -> None:
+        with _in_contact():
+            dist.send_object_list([item], dst=0, group=self.everyone, device=torch.device("cpu"))
 
 
 ALONE = World()
@@ -303,7 +315,7 @@ def _nccl(world: World) -> Any:
 
 
 def _receive(source: int, group: Any, inbox: SimpleQueue) -> None:
-    """Put what a rank sends into the inbox: items, None at the end, or the PrepError if the connection is lost."""
+    """Put what a rank sends into the inbox: items, None at the end, or the PrepError that ends it or its connection."""
     box: list[Any] = [()]
     while box[0] is not None:
         try:
@@ -313,6 +325,8 @@ def _receive(source: int, group: Any, inbox: SimpleQueue) -> None:
             inbox.put(error)
             return
         inbox.put(box[0])
+        if isinstance(box[0], PrepError):
+            return
 
 
 def _checked(item: Any) -> Any:

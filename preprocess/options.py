@@ -179,6 +179,7 @@ class DecomposeOptions:
     break_lock: bool = False
     trust_remote_code: bool = False
     quiet: bool = False
+    dry_run: bool = False
     distributed: bool = False
     methods: tuple[str | None, ...] = field(init=False)  # of `for_`; None for that of the other options
 

@@ -138,9 +138,12 @@ class BasisWriter:
         model: dict[str, Any],
         groups: dict[tuple[int, int], dict[str, Any]],
         repair: dict[str, Any] | None = None,
+        files: str | None = None,
     ) -> BasisWriter:
         """Begin a basis. groups: shape -> {"layers": [...], "rank": R, "spectrum": k}, and "shares", some of SHARES, if
         these are known of all layers; repair: see copies.py.
+
+        files: what identifies the files that the weights are read from, for as long as it is not complete.
 
         A complete basis of that name stays until `finish`, except at a URL; one that is not complete goes at once.
 
@@ -149,6 +152,7 @@ class BasisWriter:
         schema.check_writable_name(name, "basis")
         attrs = {"status": "incomplete", "method": method, "dtype": dtype, "model": model, "layers": {}}
         attrs |= {"repair": repair} if repair is not None else {}
+        attrs |= {} if files is None else {"files": files}
         attrs["groups"] = {group_key(shape): dict(group) for shape, group in groups.items()}
         _recover(root, name)
         _remove_pending(root, name)
@@ -238,11 +242,30 @@ class BasisWriter:
         records = self._attrs["layers"]
         self._attrs["hash"] = schema.content_hash(f"{layer} {records[layer]['hash']}" for layer in sorted(records))
         self._attrs["status"] = "complete"
+        self._attrs.pop("files", None)
         schema.remove_partial(self._group)
         self.flush()
         store = self._group.store
         if isinstance(store, LocalStore) and self._group.basename == _new(self._name):
             _put_in_place(store.root, self._name)
+
+
+def goes_at_once(root: zarr.Group, name: str) -> bool:
+    """Whether `BasisWriter.create` removes what is there of a basis before there is a new one."""
+    known = Bases(schema.reread(root))
+    if known.pending(name) is not None:
+        return True
+    return name in known and not (isinstance(root.store, LocalStore) and _is_complete(root, name))
+
+
+def take_back(root: zarr.Group, name: str) -> None:
+    """Remove a basis that was begun in a local store, or a replacement; what was to be replaced stays."""
+    if not isinstance(root.store, LocalStore):
+        return
+    if os.path.lexists(_folder(root, _new(name))):
+        _remove_pending(root, name)
+    else:
+        forget_basis(root, name)
 
 
 def forget_basis(root: zarr.Group, name: str) -> None:

@@ -164,6 +164,7 @@ class BasisSet(Mapping[str, Basis]):
         self.model: dict[str, Any] = attrs["model"]
         self.repair: dict[str, Any] | None = attrs.get("repair")  # the copy whose error was decomposed (copies.py)
         self.hash = str(attrs.get("hash", ""))
+        self.files: str | None = attrs.get("files")
         try:
             self._groups = {_shape_of(key): _checked_group(key, group) for key, group in attrs["groups"].items()}
             self._check_sizes()

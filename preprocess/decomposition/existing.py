@@ -12,13 +12,14 @@ from torch import nn
 from ...copies import named
 from ...errors import StoreError
 from ...linear import weight_hash, weight_matrix
-from ...store import Bases, BasisSet, open_store
+from ...store import Bases, BasisSet, LayerRecord, open_store
 from ...store.condition import fault
 from ...store.info import pattern
 from ..model import loading
 from ..progress import say
 from .crossing import to_note
 from .request import Request
+from .weights import Weigh
 
 
 def not_made(requests: Sequence[Request]) -> list[str]:
@@ -105,7 +106,10 @@ def is_made(request: Request) -> bool:
     assert request.store is not None
     if request.model_id is None:
         modules = dict(request.options.model.named_modules())  # type: ignore[union-attr]
-        return all(layer in modules and is_of(request, basis, layer, modules[layer]) for layer in basis.layers)
+        return all(
+            layer in modules and is_of(request, record, layer, weight_hash(weight_matrix(modules[layer])))
+            for layer, record in basis.layers.items()
+        )
     if request.model_id != request.store.model["id"]:
         return False
     stamp = loading.checkpoint_stamp(request.model_id, None)
@@ -114,10 +118,12 @@ def is_made(request: Request) -> bool:
     return request.repair is None or request.repair.is_unchanged(basis.repair or {}, basis.layers)
 
 
-def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, nn.Module]) -> None:
-    """StoreError if a complete basis was made from other weights than the modules, or the copy it repairs, have."""
-    for layer in basis.layers:
-        if layer not in modules or not is_of(request, basis, layer, modules[layer]):
+def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, nn.Module], weigh: Weigh) -> None:
+    """StoreError if a complete basis was made from other weights than the modules have, as `weigh` reads them, or than
+    the copy that it repairs has.
+    """
+    for layer, record in basis.layers.items():
+        if layer not in modules or not is_of(request, record, layer, weigh(layer, modules[layer]).hash):
             what = "the model has" if request.repair is None else "the model and its copy have"
             raise StoreError(
                 f"basis {request.name!r} was made from other weights of {layer} than {what} now: "
@@ -125,10 +131,9 @@ def check_same_weights(request: Request, basis: BasisSet, modules: Mapping[str, 
             )
 
 
-def is_of(request: Request, basis: BasisSet, layer: str, module: nn.Module) -> bool:
-    """Whether a layer is in the basis, made from the module's weight and from that of the copy it repairs."""
-    record = basis.layers.get(layer)
-    if record is None or record.weight_hash != weight_hash(weight_matrix(module)):
+def is_of(request: Request, record: LayerRecord, layer: str, known: str) -> bool:
+    """Whether a record is of the weight with the hash `known`, and of the copy's weight where that is repaired."""
+    if record.weight_hash != known:
         return False
     return request.repair is None or request.repair.is_known(layer, record.repaired)
 

@@ -6,6 +6,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from torch import nn
@@ -17,12 +18,13 @@ from ...store import Moments, create_store, open_store
 from ...store.bases import LayerDone
 from ...store.format.schema import content_hash, disk_guard
 from ...store.lock import writer_lock
-from ...store.staging import occupied
+from ...store.staging import occupied, place, remove
 from ..distributed import World, dealt
 from ..model import loading
 from ..progress import Progress
 from .request import Request
 from .target import Target
+from .weights import Weigh, WrongWeight, weigher
 from .workers import Jobs, cost, decomposed
 
 
@@ -32,11 +34,16 @@ class Decomposition:
     Of several processes each decomposes some of the layers, and the first one notes all. Entering takes the lock, looks
     what is there and begins or resumes. PrepError where the store is being written, holds another basis of that name,
     or the disk has no room.
+
+    Weights are checked when they are read, next to the work. Where one is wrong, a single process takes back what it
+    has begun, so that the store is as it was; what it resumed stays as it is, and so does what several processes began.
     """
 
     def __init__(self, requests: Sequence[Request], net: nn.Module, modules: Mapping[str, nn.Module], world: World):
         self._requests, self._net, self._modules, self._world = requests, net, modules, world
-        self._targets = {request.name: Target(request, net, modules) for request in requests}
+        self._weigh = weigher(requests[0])
+        self._targets = {request.name: Target(request, net, modules, self._weigh) for request in requests}
+        self._made_store = False
         self._quiet = requests[0].options.quiet or world.rank > 0
 
     def __enter__(self) -> Decomposition:
@@ -59,7 +66,9 @@ class Decomposition:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         try:
-            if error is not None and self._world.rank == 0:
+            if isinstance(error, WrongWeight) and self._world.size == 1:
+                self._take_back()
+            elif error is not None and self._world.rank == 0:
                 for target in self._open.values():
                     target.writer.flush()  # an interruption loses no layer
         finally:
@@ -89,37 +98,32 @@ class Decomposition:
             if occupied(options.store):
                 raise StoreError(f"{options.store} was made by another process meanwhile: run the same command again")
             self._store_without_moments()
-        todo = {name: target.begin(self._quiet) for name, target in self._targets.items()}
+        try:
+            todo = {name: target.begin(self._quiet) for name, target in self._targets.items()}
+        except WrongWeight:
+            self._take_back()
+            raise
         return {name: layers for name, layers in todo.items() if layers is not None}
+
+    def _take_back(self) -> None:
+        """Remove what was begun. For the lock's holder."""
+        for target in self._targets.values():
+            target.take_back()
+        if self._made_store:
+            remove(place(self._requests[0].options.store))
 
     def _own(self) -> Iterator[tuple[str, LayerDone]]:
         """The layers of this process, U and P stored."""
-        moments = self._moments()
-        wanted: dict[str, list[str]] = {}
-        for name, layers in self._todo.items():
-            for layer in layers:
-                wanted.setdefault(layer, []).append(name)
-        wanted = share_of(wanted, moments, self._modules, self._world)
-        methods = {name: target.request.method for name, target in self._open.items()}
-        scored = [name for name, target in self._open.items() if target.writer.shares]
-        crossed = {name: target.crossed() for name, target in self._open.items()}
-        jobs = Jobs(methods, wanted, scored, crossed, self._requests[0].repair)
+        moments = moments_of(self._open)
+        jobs = jobs_of(self._open, self._todo, self._weigh)
+        jobs = replace(jobs, wanted=share_of(jobs.wanted, moments, self._modules, self._world))
         for name, done in decomposed(moments, self._modules, jobs, self._world.local_size):
             yield name, self._open[name].put(done)
-
-    def _moments(self) -> Moments | None:
-        """Those of the layers' inputs, if a method needs them or directions are scored on them."""
-        store, open = self._requests[0].store, self._open.values()
-        needed = any(target.request.moments is not None or target.writer.shares for target in open)
-        return store.moments if store is not None and needed else None
 
     def _store_without_moments(self) -> None:
         """A store that holds bases only, for metric identity."""
         request = self._requests[0]
         model = loading.describe(self._net, request.model_id, request.revision)
-        stamp = None
-        if request.model_id is not None:
-            stamp = loading.checkpoint_stamp(request.model_id, getattr(self._net, "config", None))
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         attrs = {
             "model": model,
@@ -128,14 +132,35 @@ class Decomposition:
             "prep_version": __version__,
             "id": content_hash([str(sorted(model.items(), key=str))]),
             "status": "complete",
-            "run": {"host": platform.node(), "started": started, "files": stamp},
+            "run": {"host": platform.node(), "started": started, "files": request.stamp(self._net)},
         }
+        self._made_store = True
         create_store(request.options.store, attrs)
 
 
+def moments_of(targets: Mapping[str, Target]) -> Moments | None:
+    """Those of the layers' inputs, if a method needs them or directions are scored on them."""
+    needed = [target.request for target in targets.values() if target.request.moments is not None or target.shares]
+    store = needed[0].store if needed else None
+    return None if store is None else store.moments
+
+
+def jobs_of(targets: Mapping[str, Target], todo: Mapping[str, Sequence[str]], weigh: Weigh) -> Jobs:
+    """The work for bases by name. todo: the layers of each that are left."""
+    wanted: dict[str, list[str]] = {}
+    for name, layers in todo.items():
+        for layer in layers:
+            wanted.setdefault(layer, []).append(name)
+    methods = {name: target.request.method for name, target in targets.items()}
+    scored = [name for name, target in targets.items() if target.shares]
+    crossed = {name: target.crossed() for name, target in targets.items()}
+    repair = next((target.request.repair for target in targets.values()), None)  # of all requests alike
+    return Jobs(methods, wanted, scored, crossed, weigh, repair)
+
+
 def share_of(
-    wanted: Mapping[str, list[str]], moments: Moments | None, modules: Mapping[str, nn.Module], world: World
-) -> dict[str, list[str]]:
+    wanted: Mapping[str, Sequence[str]], moments: Moments | None, modules: Mapping[str, nn.Module], world: World
+) -> dict[str, Sequence[str]]:
     """What one process does of the layers and their bases: whole sites, so that each moment is read once, and about
     the same work for all.
     """

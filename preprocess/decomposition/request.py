@@ -12,17 +12,19 @@ from torch import nn
 
 from ...commands import repair_name
 from ...errors import PrepError, StoreError
-from ...linear import layer_shape, weight_hash, weight_matrix
+from ...linear import layer_shape
 from ...store import LayerMoment, Moments, Store, open_store
 from ...store.format.schema import check_writable_name, is_url
 from ...store.staging import interrupted, occupied
 from ..hub import absolute_if_local
 from ..model import loading
+from ..model.checkpoint import Unserved, open_model
 from ..model.experts import expert_layers
 from ..model.quantised import Copy
 from ..model.sites import target_layers
 from ..numerics.methods import Method, basis_name, check, check_tokens, method_for
 from ..options import DecomposeOptions
+from ..progress import say
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Request:
         if self.options.model is None and self.store is not None:
             return self.store.model.get("revision")
         return self.options.revision
+
+    def stamp(self, net: nn.Module) -> str | None:
+        """What identifies the files of the model to load, once it is (`checkpoint_stamp`); None for a module."""
+        return None if self.model_id is None else loading.checkpoint_stamp(self.model_id, getattr(net, "config", None))
 
     @property
     def calibrated_model(self) -> bool:
@@ -95,8 +101,9 @@ def _name(options: DecomposeOptions, method: Method, repair: Copy | None) -> str
     return check_writable_name(name, "basis")
 
 
-def load_layers(requests: Sequence[Request]) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The model, and its module for every layer to decompose, checked for shape and for the weights calibrated on.
+def load_layers(requests: Sequence[Request], quiet: bool = True) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The model, and its module for every layer to decompose, checked for shape; weights are read when they are asked
+    for (`weigher`), layer by layer from the checkpoint where that is possible.
 
     requests: of one store, model and set of layers.
     """
@@ -105,24 +112,21 @@ def load_layers(requests: Sequence[Request]) -> tuple[nn.Module, dict[str, nn.Mo
     if isinstance(options.model, nn.Module):
         net = options.model
     else:
-        net = loading.load_model(
-            str(request.model_id),
-            revision=request.revision,
-            dtype=store.model["dtype"] if store is not None else "float32",
-            device="cpu",
-            trust_remote_code=options.trust_remote_code,
-        )
+        net = _read_from_checkpoint(request, store.model["dtype"] if store is not None else "float32", quiet)
     modules = _matching_modules(request, net)
-    for layer, module in modules.items():
-        try:
-            finite = torch.isfinite(weight_matrix(module)).all()
-        except PrepError as error:
-            raise PrepError(f"{layer}: {error}") from error
-        if not finite:
-            raise PrepError(f"{layer}: the weight holds NaN or Inf: check the checkpoint")
     if request.repair is not None:
         request.repair.check(modules)
     return net, modules
+
+
+def _read_from_checkpoint(request: Request, dtype: str, quiet: bool) -> nn.Module:
+    """The model that a request names: without its weights, or loaded whole, which a line says."""
+    model, trust = str(request.model_id), request.options.trust_remote_code
+    try:
+        return open_model(model, request.revision, loading.DTYPES.get(dtype, torch.float32), trust)
+    except Unserved as reason:
+        say(f"{model} is loaded whole: {reason}", quiet)
+    return loading.load_model(model, revision=request.revision, dtype=dtype, device="cpu", trust_remote_code=trust)
 
 
 def calibrated_id(model: Any, store: Store | None) -> str:
@@ -212,22 +216,4 @@ def _matching_modules(request: Request, net: nn.Module) -> dict[str, nn.Module]:
                 f"{layer} is {shape[0]} x {shape[1]} in the model and {moment.shape[0]} x {moment.shape[1]} in the "
                 "store: give the --model that was calibrated"
             )
-    for layer, moment in layers.items():
-        _check_calibrated(layer, modules[layer], moment, request.calibrated_model)
     return {layer: modules[layer] for layer in layers}
-
-
-def _check_calibrated(layer: str, module: nn.Module, moment: LayerMoment, same_weights: bool) -> None:
-    """PrepError where a module lacks the weights that were calibrated. same_weights: it is meant to have them."""
-    if moment.kind != "output" and not same_weights:
-        return
-    if weight_hash(weight_matrix(module)) == moment.weight_hash:
-        return
-    if moment.kind == "output":
-        raise PrepError(
-            f"{layer} has an output moment of other weights than this model's: give the --model that was calibrated"
-        )
-    raise PrepError(
-        f"{layer} has other weights than the store was calibrated on: run `prep covariance --overwrite` with its "
-        "options, or give the --model that was calibrated"
-    )

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from ...errors import PrepError
-from ...linear import layer_shape, weight_matrix
+from ...linear import dtype_name, layer_shape
 from ...store import Moments
 from ..memory import free_memory
 from ..model.quantised import Copy
@@ -27,20 +27,22 @@ from ..numerics.methods import Method, check
 from ..numerics.metric import InputStatistics
 from ..numerics.whitening import WhitenedSVD, whitened_svd
 from .crossing import Parts, cross, noted, of_error, parts_of, statistics_of
+from .weights import Weigh, weighed
 
 
 @dataclass(frozen=True)
 class Jobs:
     """What is to be done. methods: by the name of their basis; wanted: layer -> names of the bases it is decomposed
     for; scored: names of the bases whose directions are scored, which the moments of all layers allow; crossed: name ->
-    layers that are cross-fitted, whose moments have a half; repair: the copy Q whose error W - Q is decomposed in place
-    of W.
+    layers that are cross-fitted, whose moments have a half. weigh: reads and checks a weight. repair: the copy Q whose
+    error W - Q is decomposed in place of W.
     """
 
     methods: Mapping[str, Method]
     wanted: Mapping[str, Sequence[str]]
     scored: Collection[str]
     crossed: Mapping[str, Collection[str]]
+    weigh: Weigh = weighed
     repair: Copy | None = None
 
     def sampled(self, layers: Iterable[str]) -> bool:
@@ -54,14 +56,15 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A layer with its weight W (d_out, d_in).
+    """A layer, with the hash and dtype of its weight.
 
     crossed: its errors between the parts of its tokens, if looked at. shares: `kept` and `unseen` of its directions
     (r,), as far as they were looked at. repaired: what is known of the copy whose error was decomposed in place of W.
     """
 
     layer: str
-    W: Tensor
+    weight_hash: str
+    weight_dtype: str
     result: WhitenedSVD
     crossed: dict[str, Any] | None
     shares: dict[str, np.ndarray]
@@ -76,17 +79,13 @@ def decomposed(
     moments: of the layers' inputs, None where nothing needs them. processes: how many share the machine's cores.
     PrepError names the layer that failed.
     """
-    sites = _by_site(moments, modules, jobs.wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // processes)
-    room = free_memory() // processes // max((_memory(moments, site, modules, jobs) for site in sites), default=1)
-    workers = max(1, min(cores, len(sites), room))
-    queue = iter(sites)
+    team = crew(moments, modules, jobs, processes)
+    queue = iter(team.sites)
     running: set[Future] = set()
-    with threadpool_limits(max(1, cores // workers)), ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(team.threads), ThreadPoolExecutor(team.workers) as pool:
         try:
             while True:
-                while len(running) < 2 * workers and (site := next(queue, None)) is not None:
+                while len(running) < 2 * team.workers and (site := next(queue, None)) is not None:
                     running.add(pool.submit(_decompose_site, moments, site, modules, jobs))
                 if not running:
                     return
@@ -96,6 +95,27 @@ def decomposed(
         finally:
             for future in running:
                 future.cancel()
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How the work is done. sites: groups of layers, in order; threads: of a worker; memory: bytes, at most, of all."""
+
+    sites: list[list[str]]
+    workers: int
+    threads: int
+    memory: int
+
+
+def crew(moments: Moments | None, modules: Mapping[str, nn.Module], jobs: Jobs, processes: int = 1) -> Crew:
+    """As many workers as there are cores, sites, and room for the sites that take most memory."""
+    sites = _by_site(moments, modules, jobs.wanted)
+    sizes = sorted((_memory(moments, site, modules, jobs) for site in sites), reverse=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // processes)
+    room = free_memory() // processes // max(sizes, default=1)
+    workers = max(1, min(cores, len(sites), room))
+    return Crew(sites, workers, max(1, cores // workers), sum(sizes[:workers]))
 
 
 def _by_site(
@@ -146,8 +166,10 @@ def _decompose_site(
     for layer in layers:
         if shared is not None and shared.kind == "output":  # of one layer only
             shared = parts = None
-        W = weight_matrix(modules[layer])
-        dense, repaired = matrix_of(layer, W, jobs.repair)
+        weight = jobs.weigh(layer, modules[layer])
+        known, dtype = weight.hash, dtype_name(weight.W.dtype)
+        dense, repaired = matrix_of(layer, weight.W, jobs.repair)
+        del weight  # the largest arrays are not kept twice
         total: Callable[[], float] | None = None
         for name in jobs.wanted[layer]:
             method, said, shares = jobs.methods[name], None, {}
@@ -168,7 +190,7 @@ def _decompose_site(
                         said, shares["unseen"] = noted(found, energy), found.kept
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
-            results.append((name, Decomposed(layer, W, result, said, shares, repaired)))
+            results.append((name, Decomposed(layer, known, dtype, result, said, shares, repaired)))
     return results
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import nn
 
 from ...copies import named
 from ...errors import PrepError, StoreError
-from ...linear import weight_hash, weight_matrix
 from ...store import BasisSet, LayerMoment, Moments, Store, open_store
 from ...store.excess import at_rank, doubled
 from ..decomposition.crossing import SAMPLE, tells_output, to_cross
 from ..decomposition.request import Request, calibrated_id, load_layers
+from ..decomposition.weights import Weigh, Weight, weigher
 from ..model.quantised import Copy
 from ..numerics.methods import Method
 from ..options import DecomposeOptions, check_sample
@@ -25,14 +26,15 @@ from ..options import DecomposeOptions, check_sample
 class Evaluation:
     """moments: of the tokens that are scored on; modules: of the layers.
 
-    noted: what the records of a basis say of cross-fitted layers, by basis; crossed: those to be cross-fitted anew.
-    copies: what the bases of errors repair, by basis.
+    weigh: reads a layer's weight and checks it. noted: what the records of a basis say of cross-fitted layers, by
+    basis; crossed: those to be cross-fitted anew. copies: what the bases of errors repair, by basis.
     """
 
     moments: Moments
     bases: dict[str, BasisSet]
     ranks: tuple[int, ...]
     modules: dict[str, nn.Module]
+    weigh: Weigh
     noted: dict[str, dict[str, dict[str, Any]]]
     crossed: dict[str, frozenset[str]]
     copies: dict[str, Copy]
@@ -48,7 +50,10 @@ def open_evaluation(
     revision: str | None,
     trust_remote_code: bool,
 ) -> Evaluation:
-    """The request after all checks, the model loaded. PrepError or StoreError that says what cannot be served."""
+    """The request after all checks but those of the weights, the model opened.
+
+    PrepError or StoreError that says what cannot be served.
+    """
     found = open_store(store)
     names = [bases] if isinstance(bases, str) else list(bases or found.bases)
     if not names:
@@ -67,17 +72,13 @@ def open_evaluation(
         _check_kind(layer, moment, sets.values())
     options = DecomposeOptions(store=store, model=model, revision=revision, trust_remote_code=trust_remote_code)
     model_id = None if isinstance(model, nn.Module) else calibrated_id(model, found)
-    _, modules = load_layers([Request(options, Method(), "", found, layers, model_id)])
-    for name, basis in sets.items():
-        for layer in layers:
-            if layer in basis and basis.layers[layer].weight_hash != weight_hash(weight_matrix(modules[layer])):
-                raise PrepError(
-                    f"basis {name!r} was made from other weights of {layer} than the model has: give its --model"
-                )
+    request = Request(options, Method(), "", found, layers, model_id)
+    _, modules = load_layers([request])
+    weigh = partial(_weighed, weigher(request), sets)
     for name, copy in copies.items():
         copy.check({layer: module for layer, module in modules.items() if layer in sets[name]})
     if on is not None:
-        return Evaluation(moments, sets, wanted, modules, {}, {}, copies)
+        return Evaluation(moments, sets, wanted, modules, weigh, {}, {}, copies)
     noted = {name: _noted(basis, wanted) if sample is None else {} for name, basis in sets.items()}
     count = SAMPLE if sample is None else sample
     crossed = {
@@ -85,7 +86,18 @@ def open_evaluation(
         for name, known in noted.items()
         if not known
     }
-    return Evaluation(moments, sets, wanted, modules, noted, crossed, copies)
+    return Evaluation(moments, sets, wanted, modules, weigh, noted, crossed, copies)
+
+
+def _weighed(weigh: Weigh, bases: Mapping[str, BasisSet], layer: str, module: nn.Module) -> Weight:
+    """A layer's weight, if its bases were made from it."""
+    weight = weigh(layer, module)
+    for name, basis in bases.items():
+        if layer in basis and basis.layers[layer].weight_hash != weight.hash:
+            raise PrepError(
+                f"basis {name!r} was made from other weights of {layer} than the model has: give its --model"
+            )
+    return weight
 
 
 def method_of(basis: BasisSet, rank: int | None = None) -> Method:

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ...errors import PrepError
-from ...linear import layer_shape, weight_matrix
+from ...linear import layer_shape
 from ...store.basis import Basis
 from ..decomposition.crossing import Parts, cross, parts_of, statistics_of
 from ..decomposition.workers import cost, matrix_of
@@ -72,16 +72,16 @@ class Scoring:
                 whole, parts = statistics_of(stored), None
             if parts is None and any(layer in layers for layers in self.asked.crossed.values()):
                 parts = parts_of(stored, whole)
+            W = self.asked.weigh(layer, self.asked.modules[layer]).W
             try:
-                found += self._layer(layer, whole, parts)
+                found += self._layer(layer, W, whole, parts)
             except PrepError as error:
                 raise PrepError(f"{layer}: {error}") from error
         return found
 
-    def _layer(self, layer: str, whole: InputStatistics, parts: Parts | None) -> Iterator[Score]:
-        """The scores of one layer in every basis that holds it."""
+    def _layer(self, layer: str, W: Tensor, whole: InputStatistics, parts: Parts | None) -> Iterator[Score]:
+        """The scores of one layer with the weight W (d_out, d_in) in every basis that holds it."""
         asked, rank = self.asked, max(self.asked.ranks)
-        W = weight_matrix(asked.modules[layer])
         matrices: dict[Copy | None, tuple[np.ndarray, Any]] = {}  # W itself, and the error of each copy
         totals: dict[Copy | None, float] = {}
         for name, basis in asked.bases.items():

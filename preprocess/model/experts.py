@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import PrepError
-from ...linear import PLAIN, offload_hook, parameter, scales
+from ...linear import PLAIN, parameter, reader, scales
 
 _PRODUCTS = (F.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm)
 _MARKS = ("is_transposed", "has_gate")  # what transformers sets on every module of fused experts
@@ -46,7 +46,7 @@ class ExpertLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """W (d_out, d_in), a view of the owner's parameter or of what is kept of it elsewhere."""
-        return _matrices(self.owner, parameter(self.owner, self.key))[self.expert]
+        return _matrices(self.owner, parameter(self.owner, self.key, self.expert))
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:  # type: ignore[override]
         """x (n, d_in) -> (n, d_out) by the W that the owner computes with."""
@@ -63,7 +63,7 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
         if not is_fused(module) or scales(module):
             continue
         for key, W in module.named_parameters(recurse=False):
-            if W.ndim == 3 and W.dtype in PLAIN and not (W.is_meta and offload_hook(module) is None):
+            if W.ndim == 3 and W.dtype in PLAIN and not (W.is_meta and reader(module) is None):
                 count, d_out, d_in = _matrices(module, W).shape
                 for e in range(count):
                     experts[f"{name}.{e}.{key}"] = ExpertLinear(module, key, f"{name}.{key}", e, (d_out, d_in))
@@ -76,7 +76,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _matrices(owner: nn.Module, W: Tensor) -> Tensor:
-    """A fused parameter as (experts, d_out, d_in)."""
+    """A fused parameter as (experts, d_out, d_in), or one expert's part of it as (d_out, d_in)."""
     return W.mT if owner.is_transposed else W
 
 

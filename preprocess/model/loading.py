@@ -10,7 +10,7 @@ import os
 import tempfile
 import textwrap
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,18 @@ def load_model(
     transformers can dequantise while it loads them are.
     PrepError if it cannot be loaded, or the checkpoint lacks weights of the blocks, which would be random.
     """
-    import transformers
-
     devices, memory = placement(device, device_map, max_memory)
     config = load_config(model, revision, trust_remote_code)
     packed = getattr(config, "quantization_config", None)
     if dequantised and isinstance(packed, dict) and packed.get("quant_method") in _DEQUANTISE:
         packed["dequantize"] = True
     torch_dtype = DTYPES.get(dtype, torch.float32 if _on_cpu(device or "cpu", devices, memory) else "auto")
-    names = getattr(config, "architectures", None) or []
-    auto = transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
+    auto = model_class(config)
     if isinstance(devices, dict):
         with _one_line(model):
-            empty = _without_weights(auto, config, trust_remote_code)
+            empty = without_weights(auto, config, trust_remote_code)
         devices = partition(empty, devices)
-    with _one_line(model), _quiet(transformers), contextlib.ExitStack() as stack:
+    with _one_line(model), quiet(), contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prep-offload-")) if devices else None
         loaded: Any
         loaded, report = auto.from_pretrained(  # type: ignore[misc]
@@ -95,13 +92,7 @@ def load_model(
             output_loading_info=True,
         )
         weakref.finalize(loaded, stack.pop_all().close)
-    random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    in_blocks = sorted(name for name in random if block_index(name) is not None)
-    if in_blocks:
-        raise PrepError(
-            f"the checkpoint {model} has no {in_blocks[0]} of the shape that its config.json says"
-            f" ({len(in_blocks)} such weights): complete it, or name another --model"
-        )
+    check_complete(model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if device is not None:
         try:
             loaded = loaded.to(device)
@@ -151,15 +142,36 @@ def checkpoint_stamp(model: str, config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> nn.Module:
-    """The modules of the model that `auto` would load, on the meta device."""
-    from accelerate import init_empty_weights
+def model_class(config: Any) -> Any:
+    """The class that a configuration names, or one of transformers' auto classes."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    return transformers.AutoModelForCausalLM if not names else getattr(transformers, names[0], transformers.AutoModel)
+
+
+def without_weights(
+    auto: Any, config: Any, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The modules of the model that `auto` would load, in `dtype` (the configuration's), on the meta device."""
+    from transformers.initialization import meta_device_safe_creation_ops
 
     config = copy.deepcopy(config)
-    with init_empty_weights():
+    settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"), meta_device_safe_creation_ops():
         if hasattr(auto, "from_config"):
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
-        return auto(config)
+            return auto.from_config(config, trust_remote_code=trust_remote_code, **settings)
+        return auto._from_config(config, **settings)
+
+
+def check_complete(model: str, random: Collection[str]) -> None:
+    """PrepError if weights of the blocks are among those that a checkpoint lacks or has in another shape."""
+    in_blocks = sorted(name for name in random if block_index(name) is not None)
+    if in_blocks:
+        raise PrepError(
+            f"the checkpoint {model} has no {in_blocks[0]} of the shape that its config.json says"
+            f" ({len(in_blocks)} such weights): complete it, or name another --model"
+        )
 
 
 def config_hash(config: Any) -> str:
@@ -212,8 +224,10 @@ def _one_line(model: str, what: str = "model") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars, no report on the weights, which is read instead, and no warning of what a device map asks for."""
+    import transformers
+
     log, accelerate = transformers.utils.logging, logging.getLogger("accelerate")
     shown, verbosity, level = log.is_progress_bar_enabled(), log.get_verbosity(), accelerate.level
     log.disable_progress_bar()

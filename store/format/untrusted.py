@@ -95,6 +95,7 @@ BASIS = {
         }
     },
     "hash?": str,
+    "files?": str,
 }
 
 

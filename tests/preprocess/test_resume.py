@@ -243,11 +243,11 @@ def test_a_basis_that_another_writer_completes_meanwhile_is_not_replaced(made, r
     shutil.copytree(made.whole, run.store)
     load = stage.load_layers
 
-    def slowly(request):
+    def slowly(*given):
         monkeypatch.setattr(stage, "load_layers", load)
         prep.decompose(run.store, rank=4, quiet=True)
         prep.decompose(run.store, rank=4, name="mine", quiet=True)
-        return load(request)
+        return load(*given)
 
     monkeypatch.setattr(stage, "load_layers", slowly)
     with pytest.raises(StoreError, match="rank: 4 there, 5 asked for"):
@@ -276,9 +276,9 @@ def test_a_store_that_appears_while_the_model_is_loaded_is_not_replaced(made, ru
 
     load = stage.load_layers
 
-    def slowly(request):
+    def slowly(*given):
         shutil.copytree(made.whole, run.store)
-        return load(request)
+        return load(*given)
 
     monkeypatch.setattr(stage, "load_layers", slowly)
     with pytest.raises(StoreError, match="was made by another process meanwhile: run the same command again"):

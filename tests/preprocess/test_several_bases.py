@@ -11,8 +11,7 @@ from click.testing import CliRunner
 import prep
 from prep import PrepError, StoreError
 from prep.cli import main
-from prep.preprocess.decomposition import workers
-from prep.preprocess.model import loading
+from prep.preprocess.decomposition import request, workers
 from prep.preprocess.verify import verify
 from prep.store import BasisWriter, open_store
 from prep.store.info import info, table
@@ -42,8 +41,8 @@ def store(made, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each moment was read, and the model loaded."""
-    counts, read, load = Counter(), workers.statistics_of, loading.load_model
+    """How often each moment was read, and the model opened."""
+    counts, read, load = Counter(), workers.statistics_of, request.open_model
 
     def reads(stored):
         counts[stored.site] += 1
@@ -54,7 +53,7 @@ def counted(monkeypatch):
         return load(*arguments, **options)
 
     monkeypatch.setattr(workers, "statistics_of", reads)
-    monkeypatch.setattr(loading, "load_model", loads)
+    monkeypatch.setattr(request, "open_model", loads)
     return counts
 
 
