@@ -44,7 +44,7 @@ def counted(monkeypatch):
     """How often each moment was read, and the model opened."""
     counts, read, load = Counter(), workers.statistics_of, request.open_model
 
-    def reads(stored):
+    def reads(stored, sampled=False):
         counts[stored.site] += 1
         return read(stored)
 
