@@ -186,7 +186,7 @@ def seconds(options: argparse.Namespace, store: Path) -> None:
 def ours(store: Path, modules: dict[str, nn.Module], recipe: str, rank: int) -> float:
     """Seconds of `decompose` without writing: moments are read, layers quantised, worker threads as usual."""
     begun = time.perf_counter()
-    jobs = Jobs({"repair": Method(rank=rank)}, {layer: ["repair"] for layer in modules}, {}, Copy(recipe))
+    jobs = Jobs({"repair": Method(rank=rank)}, {layer: ["repair"] for layer in modules}, [], {}, repair=Copy(recipe))
     assert len(list(decomposed(prep.open_store(store).moments, modules, jobs))) == len(modules)
     return time.perf_counter() - begun
 

@@ -41,7 +41,7 @@ REFUSED = {
     ),
     "a damaged one": (
         lambda: prep.report("damaged"),
-        f"file://.../{SPECTRUM.partition('/c/')[0]} (chunk c/0/0) does not match its checksum: "
+        f"damaged/{SPECTRUM.partition('/c/')[0]} (chunk c/0/0) does not match its checksum: "
         "restore the store from a copy",
     ),
     "a directory": (
