@@ -170,7 +170,7 @@ def interrupted(location: str | Path) -> Path | None:
     if isinstance(path, str) or (os.path.lexists(path) and not _empty(path)):
         return None
     old = _old(path)
-    return old if os.path.lexists(old) and _ours(old) and not _empty(old) and not _doomed(old) else None
+    return old if os.path.lexists(old) and _ours(old) and not _remains(old) else None
 
 
 def remove(path: Path) -> None:
@@ -225,7 +225,21 @@ def _ours(path: Path) -> bool:
         return True
     if path.is_symlink() or not path.is_dir():
         return False
-    return _empty(path) or _is_store(path, _ROOT) or _doomed(path)
+    return _is_store(path, _ROOT) or _remains(path)
+
+
+def _remains(path: Path) -> bool:
+    return _empty(path) or _doomed(path) or _hollow(path)
+
+
+def _hollow(path: Path) -> bool:
+    """Whether a directory holds a group without attributes and nothing else, as a full disk leaves of a store."""
+    if os.listdir(path) != [_ROOT]:
+        return False
+    try:
+        return not parsed(schema.fetch(LocalStore(path), _ROOT, MAX_DOCUMENT + 1) or b"", "group").get("attributes")
+    except ValueError:
+        return False
 
 
 def _doomed(path: Path) -> bool:
