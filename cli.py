@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .commands import store_option
+from .commands import OF_INPUTS, store_option
 from .errors import Interrupted, PrepError
 from .preprocess.numerics.methods import POOLINGS, PUBLISHED, SELECTIONS, SOLVERS
 from .preprocess.options import (
@@ -386,7 +386,7 @@ def info(store: str, quiet: bool, as_json: bool) -> None:
         click.echo(line)
     whole = {name: basis for name, basis in facts["bases"].items() if "problem" not in basis}
     repairs = [name for name, basis in whole.items() if basis["repairs"] is not None]
-    trainable = [name for name in whole if name not in repairs and whole[name]["method"]["metric"] != "components"]
+    trainable = [name for name in whole if name not in repairs and whole[name]["method"]["metric"] not in OF_INPUTS]
     if facts["status"] != "complete":
         _say(quiet, "next: the same `prep covariance` command again")
     elif trainable:
@@ -427,6 +427,11 @@ def report(store: str, quiet: bool, path: str, overwrite: bool) -> None:
 @click.option("--basis", help="Name of the basis.  [default: the one that the form is made of]")
 @click.option("--rank", type=click.IntRange(1), help="Directions to take; needed by peft-corda, peft-eva, peft-lora.")
 @click.option("--lora-alpha", type=float, help="Of a peft-lora adapter.  [default: the rank]")
+@click.option(
+    "--split",
+    type=click.Choice(["even", "A", "B"]),
+    help="Of a peft-lora adapter: how S is shared between A and B.  [default: even; A for the basis of astra]",
+)
 @click.option("--rho", type=float, default=2.0, help="Of peft-eva: how far ranks are redistributed between layers.")
 @click.option("--overwrite", is_flag=True, help="Replace the file or directory that is there.")
 def export(store: str, quiet: bool, **options: Any) -> None:

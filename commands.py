@@ -10,17 +10,22 @@ from typing import Any
 from .errors import did_you_mean
 
 DEFAULT_STORE = "prep.zarr"
+# metrics whose P is made of eigenvectors of C, so that U^T W is not diag(S) P -> the default name of their bases
+OF_INPUTS = {"components": "eva", "null": "null"}
 # published method -> the default name of its basis; of several with one basis the first is the one that is advised
 BASIS_OF = {
     "pissa": "identity",
     "milora": "identity-bottom",
+    "mica": "identity-bottom",
     "corda_ipm": "full-p1",
     "corda_kpm": "full-p1-bottom",
     "whitened": "full",
     "antipasto_corda": "full",
     "asvd": "diagonal",
     "antipasto_asvd": "diagonal",
+    "astra": "full-undamped",
     "eva": "eva",
+    "lora_null": "null",
     "antipasto": "identity-activation",
     "antipasto_rot": "identity-activation",
     "antipasto_ablate": "identity-activation",
@@ -43,15 +48,17 @@ RECIPE = re.compile(r"nf4|fp4|int8|int[234](-g[1-9][0-9]{0,5})?")  # of a quanti
 
 
 def default_name(method: Mapping[str, Any]) -> str:
-    """`full`, `full-p1-bottom`, `full-centered`, `identity-activation`, `eva` ..., from a method's fields."""
-    if method["metric"] == "components":
-        return "eva"
+    """`full`, `full-p1-bottom`, `full-undamped`, `identity-activation`, `eva` ..., from a method's fields."""
+    if method["metric"] in OF_INPUTS:
+        return OF_INPUTS[method["metric"]]
     plain = method["metric"] == "identity" or method.get("power", 0.5) == 0.5
     power = "" if plain else f"-p{method['power']:g}"
     centered = "-centered" if method.get("center") else ""
+    bare = method["metric"] != "identity" and method.get("damping") == 0 and method.get("epsilon") is None
+    undamped = "-undamped" if bare else ""
     select = "" if method.get("select", "top") == "top" else f"-{method['select']}"
     pooling = "" if method.get("pooling", "rms") == "rms" else f"-{method['pooling']}"
-    return f"{method['metric']}{power}{centered}{select}{pooling}"
+    return f"{method['metric']}{power}{centered}{undamped}{select}{pooling}"
 
 
 def repair_name(label: str, method: Mapping[str, Any]) -> str:
@@ -117,9 +124,10 @@ def missing_basis(name: str, there: Sequence[str], store: str | Path) -> str:
 def _options(method: Mapping[str, Any], published: str | None) -> list[str]:
     """The options of a method that are not the defaults: those of a published one by its name."""
     words = [] if published in (None, "whitened") else ["--for", str(published)]
+    said = (_said_by(BASIS_OF[published]) or {}) if published else {}
     for option, default in _DEFAULTS.items():
         value = method.get(option, default)
-        if value == default or (published and option not in ("damping", "epsilon")):
+        if value in (default, said.get(option)) or (published and option not in ("damping", "epsilon")):
             continue
         if option == "power" and method["metric"] == "identity":
             continue
@@ -139,8 +147,8 @@ def _repair_said_by(name: str) -> dict[str, Any] | None:
 
 def _said_by(name: str) -> dict[str, Any] | None:
     """The method that has this default name; None if no method has it."""
-    if name == "eva":
-        return {"metric": "components"}
+    if (metric := {usual: metric for metric, usual in OF_INPUTS.items()}.get(name)) is not None:
+        return {"metric": metric}
     if (repair := re.fullmatch(rf"repair-(?:{RECIPE.pattern})(?:-(.*))?", name)) is not None:
         return _said_by(repair[2] or "full")
     metric, *rest = name.split("-")
@@ -152,6 +160,8 @@ def _said_by(name: str) -> dict[str, Any] | None:
             method["pooling"] = part
         elif part == "centered":
             method["center"] = True
+        elif part == "undamped":
+            method["damping"] = 0.0
         elif part[:1] == "p" and part[1:].replace(".", "", 1).isdigit():
             method["power"] = float(part[1:])
     return method if metric in ("full", "diagonal", "identity") and default_name(method) == name else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..commands import OF_INPUTS
 from ..errors import PrepError
 from .coefficient import Coefficient
 from .cores import Core
@@ -32,7 +33,7 @@ class Origin:
     @property
     def identity(self) -> bool:
         """Whether U^T W = diag(S) P holds."""
-        return self.metric != "components"
+        return self.metric not in OF_INPUTS
 
 
 class Adapter:

@@ -20,7 +20,7 @@ from ..errors import PrepError
 from ..files import written
 from ..store import Store, open_store
 from ..store.format.schema import DTYPES, content_hash
-from ..store.format.untrusted import REPAIRED, Word, loads, mismatch
+from ..store.format.untrusted import METRICS, REPAIRED, Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _HEADER = {
     "format_version": int,
     "core": {"name": Word, "builtin": bool, "options": dict},
-    "basis": {"store": str, "name": Word, "hash": str, "metric": ("full", "diagonal", "identity", "components")},
+    "basis": {"store": str, "name": Word, "hash": str, "metric": METRICS},
     "embedded": bool,
     "layers": {
         str: {"shape": [int], "rank": int, "weight_hash": Word, "weight_dtype": Word, "repaired?": REPAIRED},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..commands import OF_INPUTS
 from ..store import BasisSet
 from ..store.budget import Directions
 
@@ -29,7 +30,7 @@ def budgets(basis: BasisSet, ranks: list[int]) -> list[Budget]:
 
     Empty where the basis does not say what it keeps of the output of all its layers, or has very many.
     """
-    if len(basis) > LAYERS or basis.method["metric"] == "components":
+    if len(basis) > LAYERS or basis.method["metric"] in OF_INPUTS:
         return []
     role, known = "unseen", basis.shares("unseen")
     if len(known) < len(basis):

@@ -10,7 +10,7 @@ from typing import Any
 
 import zarr
 
-from ..commands import decompose_command, store_option
+from ..commands import OF_INPUTS, decompose_command, store_option
 from ..copies import named
 from ..errors import StoreError
 from .artifact import Store, open_store
@@ -180,7 +180,7 @@ def _row(name: str, basis: dict[str, Any]) -> list[str]:
     method = basis["method"]
     damping = _short(method.get("damping")) if method.get("epsilon") is None else f"{method['epsilon']:g} abs"
     count = f"{basis['layers']}" if basis["status"] == "complete" else f"{basis['layers']} of {basis['of']}"
-    plain = method["metric"] in ("identity", "components")
+    plain = method["metric"] == "identity" or method["metric"] in OF_INPUTS
     return [
         name,
         method["metric"],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from zarr.storage import LocalStore
 
+from ..commands import OF_INPUTS
 from ..errors import StoreError
 from ..linear import weight_hash
 from .artifact import Store
@@ -239,12 +240,12 @@ def _layer(
     off = float((U.T @ U - torch.eye(U.shape[1], dtype=torch.float64)).abs().max())
     if off > 8 * eps:
         report.add(where, f"U is not orthonormal: U^T U is off by {off:.1e}")
-    components = basis.method.get("metric") == "components"  # of a C of low rank, whose S end in zeros
-    if not ((S >= 0) if components else (S > 0)).all():
+    of_inputs = basis.method.get("metric") in OF_INPUTS  # of a C of low rank, whose S end in zeros
+    if not ((S >= 0) if of_inputs else (S > 0)).all():
         report.add(where, "S is not positive")
     if (basis_layer.spectrum < 0).any() or (basis_layer.spectrum.diff() > 0).any():
         report.add(where, "the spectrum is not positive or not in descending order")
-    if known and not components and basis.repair is None:  # U^T E = diag(S) P there, and E is not at hand
+    if known and not of_inputs and basis.repair is None:  # U^T E = diag(S) P there, and E is not at hand
         left = U.T @ weights[layer].double()
         drift = float((left - S[:, None] * P).norm() / weights[layer].double().norm().clamp_min(1e-300))
         if drift > (2 + record.rank**0.5) * eps:

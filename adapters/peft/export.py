@@ -26,10 +26,11 @@ from torch import Tensor
 from ...errors import PrepError, did_you_mean
 from ...files import written
 from ...store import BasisSet, Store, open_store
+from ...store.factors import check_split, factors
 from ...store.format.schema import disk_guard
 from . import eva
-from .lora import check_stored, describe, factors
-from .start import require_peft
+from .inits import INITS, SPLIT_OF
+from .lora import check_stored, check_whole, describe, require_peft
 
 BASES = {  # form -> the basis it takes unless another one is named
     "peft-corda": "full-p1",
@@ -48,6 +49,7 @@ def export(
     basis: str | None = None,
     rank: int | None = None,
     lora_alpha: float | None = None,
+    split: str | None = None,
     rho: float = 2.0,
     overwrite: bool = False,
 ) -> Path:
@@ -55,8 +57,9 @@ def export(
 
     store: its path, URL, or the opened store. basis: its name, by default that of the form.
     rank: the r of the LoraConfig that will read it, needed for peft-corda, peft-eva and peft-lora; for safetensors all
-    that is stored by default. lora_alpha: of peft-lora, the rank by default. rho: of EVA's redistribution of ranks, 1
-    for none. overwrite: replace what is at `path`.
+    that is stored by default. lora_alpha: of peft-lora, the rank by default; split: how it shares S between A and B,
+    "even", "A" or "B" (see store/factors.py), by default as the authors of the method that the basis is made for. rho:
+    of EVA's redistribution of ranks, 1 for none. overwrite: replace what is at `path`.
 
     PrepError or StoreError before anything is written: unknown form, a path that is taken, a missing basis or one of
     the wrong sort, a rank that is not stored, layers without a full second moment (peft-corda-covariance).
@@ -71,6 +74,9 @@ def export(
         return _write(target, _covariances(opened), torch.save)
     bases = opened.bases[basis or BASES[to]]
     _check(bases, to, rank)
+    if split is None:
+        split = next((way for init, way in SPLIT_OF.items() if INITS[init] == bases.name), "even")
+    check_split(split)
     if to == "safetensors":
         return _write(target, _triples(bases, rank), _safetensors(opened, bases))
     assert rank is not None
@@ -80,7 +86,7 @@ def export(
         rows = eva.components(opened, bases, dict.fromkeys(bases.layers, rank), rho)
         tensors = {f"base_model.model.{layer}": row.float() for layer, row in rows.items()}
         return _write(target, tensors, _safetensors(opened, bases))
-    config, tensors = _lora(opened, bases, rank, lora_alpha or rank, rho)
+    config, tensors = _lora(opened, bases, rank, lora_alpha or rank, split, rho)
     _write(target / "adapter_model.safetensors", tensors, _safetensors(opened, bases))
     config.save_pretrained(target)
     return target
@@ -97,6 +103,8 @@ def _check(bases: BasisSet, to: str, rank: int | None) -> None:
         raise PrepError(f"--to {to} needs a --rank: the r of the LoraConfig that will read it")
     if rank is not None:
         check_stored(bases, dict.fromkeys(bases.layers, rank))
+        if bases.method["metric"] == "null" and to == "peft-lora":
+            check_whole(bases, dict.fromkeys(bases.layers, rank))
 
 
 def _covariances(store: Store) -> dict[str, Tensor]:
@@ -123,7 +131,9 @@ def _triples(bases: BasisSet, rank: int | None) -> dict[str, Tensor]:
     return out
 
 
-def _lora(store: Store, bases: BasisSet, rank: int, alpha: float, rho: float) -> tuple[Any, dict[str, Tensor]]:
+def _lora(
+    store: Store, bases: BasisSet, rank: int, alpha: float, split: str, rho: float
+) -> tuple[Any, dict[str, Tensor]]:
     """LoraConfig and weights of an adapter that leaves the base's outputs as they are at its start, or repairs them."""
     peft = require_peft()
     pairs = {}
@@ -133,7 +143,7 @@ def _lora(store: Store, bases: BasisSet, rank: int, alpha: float, rho: float) ->
                 pairs[layer] = A, torch.zeros(bases.layers[layer].shape[0], len(A))
     else:
         for layer, basis in bases.read(rank=rank).items():
-            A, B = factors(basis, rank, alpha / rank)
+            A, B = factors(basis, rank, alpha / rank, split)
             pairs[layer] = (A, B) if bases.repair else (torch.cat([A, A]), torch.cat([B, -B], dim=1))
     of = bases.repair if bases.repair and bases.repair["source"] == "checkpoint" else store.model
     config = peft.LoraConfig(target_modules=list(pairs), base_model_name_or_path=of["id"])

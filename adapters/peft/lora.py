@@ -1,21 +1,22 @@
-"""A basis as a LoRA pair: `B = U diag(S/s)^(1/2)`, `A = diag(S/s)^(1/2) P`, so that `s B A = U diag(S) P`."""
+"""What every LoRA made of a basis needs: its configuration, and that the basis holds its layers and ranks."""
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ...errors import PrepError
-from ...store import Basis, BasisSet
+from ...store import BasisSet
 
 
-def factors(basis: Basis, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r) with `scaling B A = U diag(S) P`, from the first r directions."""
-    root = (basis.S[:rank] / scaling).sqrt()
-    return root[:, None] * basis.P[:rank], basis.U[:, :rank] * root
+def require_peft() -> Any:
+    """The PEFT library. PrepError if it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise PrepError('PEFT is not installed: pip install "prep-bases[peft]"') from error
 
 
 def describe(config: Any, ranks: Mapping[str, int], scaling: Mapping[str, float]) -> None:
@@ -44,6 +45,16 @@ def check_stored(bases: BasisSet, ranks: Mapping[str, int]) -> None:
         if rank > record.rank:
             raise PrepError(
                 f"rank {rank} asked for, basis {bases.name!r} holds {record.rank} of {layer}: {bases.command(rank)}"
+            )
+
+
+def check_whole(bases: BasisSet, ranks: Mapping[str, int]) -> None:
+    """PrepError for a rank that is not the stored one: bases of metric null are those of a number of eigenvectors."""
+    for layer, rank in ranks.items():
+        if rank != bases.layers[layer].rank:
+            raise PrepError(
+                f"rank {rank} asked for, basis {bases.name!r} is made of {bases.layers[layer].rank} eigenvectors of "
+                f"{layer}, and a slice of it is another start: {bases.command(rank)}"
             )
 
 

@@ -1,13 +1,4 @@
-"""PEFT LoRA from stored bases: `W x = (W - s B A) x + s B A x`, at the start of training exactly the base model.
-
-    residual inits   B = U diag(S/s)^(1/2), A = diag(S/s)^(1/2) P, s = lora_alpha / r; the base keeps W - s B A
-    repair           the same A and B of the error of a quantised base, which is left as it is: Q x + s B A x
-    eva              A = components of the centred second moment, B = 0; the base is left as it is
-    lora             PEFT's own start, on the same layers
-
-pissa (arXiv 2404.02948), milora (2406.09044), corda_ipm and corda_kpm (2406.05223), whitened (2403.07378) and asvd
-(2312.05821) differ in the basis only. The residual is formed from A and B as they are after casting.
-"""
+"""`prep.peft.get_model`: PEFT LoRA from stored bases, at its start exactly the base model (see inits.py)."""
 
 from __future__ import annotations
 
@@ -21,44 +12,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...commands import repair_name
+from ...commands import OF_INPUTS, repair_name
 from ...copies import label_of
 from ...errors import PrepError, did_you_mean
-from ...files import readable
-from ...linear import is_plain, kept_packed, weight_matrix
-from ...precision import exact
+from ...linear import is_plain
 from ...store import Basis, BasisSet, Store, open_store
 from ...store.ranks import as_pattern, choice
 from ..attach import find_layers, refuse_adapted
 from ..drift import by_hash, check_copy, check_verify, check_weight, tensors_of
 from . import eva
-from .lora import check_stored, describe, factors
+from .inits import INITS, KEPT, mica_variant, open_basis, split_of, start_eva, start_mica, start_repair, start_residual
+from .lora import check_stored, check_whole, require_peft
 
-INITS = {
-    "pissa": "identity",
-    "milora": "identity-bottom",
-    "corda_ipm": "full-p1",
-    "corda_kpm": "full-p1-bottom",
-    "whitened": "full",
-    "asvd": "diagonal",
-    "eva": "eva",
-    "repair": "repair-*",  # what the model calls its quantisation, such as repair-nf4
-    "lora": "",
+_NO_BUDGET = {  # init -> why its ranks are not chosen by what directions keep of the output
+    "eva": "redistributes its ranks itself",
+    "lora": "has no basis to choose ranks by",
+    "lora_null": "has a basis of one rank",
+    "mica": "starts from none of the output",
 }
-_FORMS = ("lora", "residual")
-_WEIGHTS = "*model*.safetensors"  # as PEFT and transformers call them
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where training began: the init, its adapter, and layer -> (A (r, d_in), B (d_out, r)) of a residual init."""
-
-    init: str
-    adapter: str
-    factors: dict[str, tuple[Tensor, Tensor]]
 
 
 def get_model(
@@ -69,6 +42,7 @@ def get_model(
     lora_alpha: float = 8,
     *,
     basis: str | None = None,
+    split: str | None = None,
     verify: bool | str = True,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
@@ -78,10 +52,11 @@ def get_model(
 
     store: its path, URL, or the opened store. r, lora_alpha, adapter_name, autocast_adapter_dtype: as in PEFT. As r, a
     budget such as "2M" or "95%" chooses a rank for each layer of a residual init, as `ranks` does.
-    init: a row of INITS. basis: another basis of the store than the init's own. verify: check that the basis was made
-    from this model's weights. lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the layers
-    of the basis. `save` writes what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual, and
-    PEFT refuses to load it.
+    init: a row of INITS. basis: another basis of the store than the init's own. split: how S is shared between A and B,
+    "even", "A" or "B" (see store/factors.py), by default as the init's authors do. verify: check that the basis was
+    made from this model's weights. lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the
+    layers of the basis. `save` writes what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual,
+    and PEFT refuses to load it.
 
     PrepError or StoreError before anything is changed: unknown init, missing basis, a layer or rank that is not
     stored, a budget that cannot be met, a quantised base under a residual init, options that change what A and B mean.
@@ -89,7 +64,10 @@ def get_model(
     peft = require_peft()
     _check_model(model, init, lora_config)
     _check_budget(r, init, lora_config)
+    if init == "mica":
+        mica_variant()
     check_verify(verify)
+    split = split_of(init, split)
     opened = store if isinstance(store, Store) else open_store(store)
     if init == "repair" and basis is None:
         basis = _repair_of(model)
@@ -105,95 +83,68 @@ def get_model(
         return adapt()
     _check_options(config, init)
     check_stored(bases, ranks)
+    if init == "lora_null":
+        check_whole(bases, ranks)
     if isinstance(r, str):
         ranks = choice(opened, bases, r, list(ranks)).ranks
         config.r, config.rank_pattern = max(ranks.values()), as_pattern(ranks)
     modules = find_layers(model, {layer: bases.layers[layer].shape for layer in ranks})
-    if init == "eva":
-        A = eva.components(opened, bases, ranks, config.eva_config.rho, config.eva_config.whiten)
-        if verify:  # the components do not depend on how the weights are packed
-            plain = {layer: module for layer, module in modules.items() if is_plain(module)}
-            _check_weights(plain, bases, bases.read(plain, 1), verify)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "lora with eva initialization")
-            adapted = adapt()
-        _start_eva(adapted, adapter_name, A, autocast_adapter_dtype)
-        return adapted
-    if init != "repair":
-        _check_residual(model, modules, init)
-    elif config.use_dora:
-        _check_dora(modules)
-    read = bases.read(ranks, ranks)
-    if verify:
-        _check_weights(modules, bases, read, verify)
-    adapted = adapt()
-    if init == "repair":
-        for layer in ranks:
-            _start_repair(adapted.get_submodule(f"base_model.model.{layer}"), adapter_name, read.pop(layer))
-        return adapted
-    _start_residual(adapted, adapter_name, {layer: read.pop(layer) for layer in ranks}, init)
+    asked = _Asked(init, split, bases, ranks, modules, config, adapter_name, verify, adapt)
+    return _of_components(opened, asked) if init == "eva" else _of_factors(asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A start, once all but the base has been checked. ranks, modules: by layer; adapt: makes the PEFT model."""
+
+    init: str
+    split: str
+    bases: BasisSet
+    ranks: dict[str, int]
+    modules: dict[str, nn.Module]
+    config: Any
+    adapter: str
+    verify: bool | str
+    adapt: partial
+
+
+def _of_components(store: Store, asked: _Asked) -> Any:
+    """The PEFT model with the rows of A from the components of EVA."""
+    config = asked.config
+    A = eva.components(store, asked.bases, asked.ranks, config.eva_config.rho, config.eva_config.whiten)
+    if asked.verify:
+        plain = _plain(asked.modules)
+        _check_weights(plain, asked.bases, asked.bases.read(plain, 1), asked.verify)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lora with eva initialization")
+        adapted = asked.adapt()
+    start_eva(adapted, asked.adapter, A, asked.adapt.keywords["autocast_adapter_dtype"])
     return adapted
 
 
-def save(model: Any, path: str | Path, as_: str = "lora") -> None:
-    """Write an adapter directory that `PeftModel.from_pretrained` loads where prep is not installed.
-
-    as_ "lora": for the original base, as plain LoRA of rank 2r, `A' = [A; A0]`, `B' = [B, -B0]` with the start A0, B0;
-    the scaling is kept per layer, DoRA magnitudes are kept. "residual": for the base in `path/base`, of rank r.
-    A repair, eva or lora adapter is written as it is. PrepError if the model is not from `get_model` or is merged.
-    """
-    if as_ not in _FORMS:
-        raise PrepError(f"no form as_={as_!r}: choose from {', '.join(_FORMS)}")
-    if not hasattr(model, "peft_config"):
-        raise PrepError("this is not a PEFT model: give the one that prep.peft.get_model returned")
-    if Path(path).is_file():
-        raise PrepError(f"{path} is a file: name a directory")
-    with kept_packed(model):
-        _save(model, path, as_)
-
-
-def _save(model: Any, path: str | Path, as_: str) -> None:
-    start: Start | None = vars(model).get("_prep_start")
-    if start is None:
-        if as_ == "residual":
-            raise PrepError("the base has no residual under this init: save with as_='lora'")
-        model.save_pretrained(path)
-        readable(Path(path), _WEIGHTS)
-        return
-    layers = {layer: model.get_submodule(f"base_model.model.{layer}") for layer in start.factors}
-    if any(module.merged for module in layers.values()):
-        raise PrepError("the adapter is merged into the base: call model.unmerge_adapter() before saving")
-    state, config = model.state_dict(), model.peft_config[start.adapter]
-    saved = copy.copy(config)
-    saved.init_lora_weights = True
-    if as_ == "residual":
-        base = Path(path) / "base"
-        _save_base(model.get_base_model(), base)
-        saved.base_model_name_or_path = str(base)
+def _of_factors(asked: _Asked) -> Any:
+    """The PEFT model with A and B of every layer from U, S and P."""
+    init, modules = asked.init, asked.modules
+    if init not in KEPT:
+        _check_residual(asked.adapt.args[0], modules, init)
+    elif asked.config.use_dora:
+        _check_dora(modules)
+    read = asked.bases.read(asked.ranks, asked.ranks)
+    if asked.verify:
+        _check_weights(_plain(modules) if init == "mica" else modules, asked.bases, read, asked.verify)
+    adapted = asked.adapt()
+    if init == "mica":
+        start_mica(adapted, asked.adapter, read)
+    elif init == "repair":
+        start_repair(adapted, asked.adapter, read, asked.split)
     else:
-        scaling = {layer: module.scaling[start.adapter] for layer, module in layers.items()}
-        describe(saved, {layer: 2 * len(A) for layer, (A, _) in start.factors.items()}, scaling)
-        for layer, (A0, B0) in start.factors.items():
-            key = f"base_model.model.{layer}.lora_%s.{start.adapter}.weight"
-            A, B = state[key % "A"], state[key % "B"]
-            state[key % "A"] = torch.cat([A, A0.to(A)])
-            state[key % "B"] = torch.cat([B, -B0.to(B)], dim=1)
-    model.peft_config[start.adapter] = saved
-    try:
-        model.save_pretrained(path, selected_adapters=[start.adapter], state_dict=state)
-    finally:
-        model.peft_config[start.adapter] = config
-    readable(Path(path), _WEIGHTS)
+        start_residual(adapted, asked.adapter, read, init, asked.split)
+    return adapted
 
 
-def open_basis(store: Store, init: str, basis: str | None = None) -> BasisSet:
-    """The basis an init needs, or the one named instead. PrepError if that is of another sort."""
-    bases = store.bases[basis or INITS[init]]
-    sort = "eva" if bases.method.get("metric") == "components" else "lora" if bases.repair is None else "repair"
-    if sort != (init if init in ("eva", "repair") else "lora"):
-        advice = "name one made with --repair" if init == "repair" else f"leave out basis= to take {INITS[init]!r}"
-        raise PrepError(f"basis {bases.name!r} does not serve init {init!r}: {advice}")
-    return bases
+def _plain(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers whose weights are not packed: a start that leaves the base as it is does not depend on the packing."""
+    return {layer: module for layer, module in modules.items() if is_plain(module)}
 
 
 def _repair_of(model: nn.Module) -> str:
@@ -202,14 +153,6 @@ def _repair_of(model: nn.Module) -> str:
     if label is None:
         raise PrepError("the model does not say how it is quantised: name the basis that repairs it, basis=")
     return repair_name(label, {"metric": "full"})
-
-
-def require_peft() -> Any:
-    """The PEFT library. PrepError if it is not installed."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise PrepError('PEFT is not installed: pip install "prep-bases[peft]"') from error
 
 
 def _check_model(model: nn.Module, init: str, lora_config: Mapping[str, Any]) -> None:
@@ -227,8 +170,8 @@ def _check_budget(r: int | str, init: str, lora_config: Mapping[str, Any]) -> No
     """PrepError where ranks are not chosen by a budget."""
     if not isinstance(r, str):
         return
-    if init in ("eva", "lora"):
-        why = "redistributes its ranks itself" if init == "eva" else "has no basis to choose ranks by"
+    if init in _NO_BUDGET:
+        why = _NO_BUDGET[init]
         raise PrepError(f"r={r!r} is a budget, and init {init!r} {why}: give r as a number, or ranks as rank_pattern")
     if lora_config.get("rank_pattern"):
         raise PrepError(f"r={r!r} chooses the rank of every layer: leave out rank_pattern")
@@ -267,7 +210,7 @@ def _check_options(config: Any, init: str) -> None:
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     variants += ["layer_replication", "target_parameters", "megatron_config"]
     for option in variants:
-        if option != "use_dora" and getattr(config, option, None):
+        if (option != "use_dora" or init == "mica") and getattr(config, option, None):
             raise PrepError(f"{option} cannot be combined with init {init!r}: leave it out, or take init 'lora'")
     if min([config.lora_alpha, *config.alpha_pattern.values()]) <= 0:
         raise PrepError("lora_alpha and alpha_pattern must be above 0")
@@ -305,7 +248,7 @@ def _check_weights(
     modules: Mapping[str, nn.Module], bases: BasisSet, read: Mapping[str, Basis], verify: bool | str
 ) -> None:
     """PrepError if the basis was made from, or repairs, other weights than the modules'."""
-    identity = bases.method["metric"] != "components"
+    identity = bases.method["metric"] not in OF_INPUTS
     for layer, module in modules.items():
         if (known := bases.layers[layer].repaired) is not None:
             check_copy(layer, module, known, verify)
@@ -313,76 +256,3 @@ def _check_weights(
         U, S, P, record = read[layer].U, read[layer].S, read[layer].P, bases.layers[layer]
         made_from = record.weight_hash, record.weight_dtype
         check_weight(layer, module, U, S, P, made_from, identity, by_hash(module, verify))
-
-
-def _start_eva(adapted: Any, adapter: str, A: Mapping[str, Tensor], autocast_adapter_dtype: bool) -> None:
-    """Set every A to the components of its layer; B stays 0."""
-    state = {f"base_model.model.{layer}": rows for layer, rows in A.items()}
-    require_peft().initialize_lora_eva_weights(adapted, eva_state_dict=state, adapter_name=adapter)
-    # layers whose rank has changed were built again in the base's dtype
-    adapted.base_model._cast_adapter_dtype(adapter, autocast_adapter_dtype)
-
-
-def _start_residual(adapted: Any, adapter: str, read: dict[str, Basis], init: str) -> None:
-    """Set A, B and the base of every layer, and note where they started; `read` is used up."""
-    start = {}
-    for layer in list(read):
-        start[layer] = _start_layer(adapted.get_submodule(f"base_model.model.{layer}"), adapter, read.pop(layer))
-    vars(adapted)["_prep_start"] = Start(init, adapter, start)
-    # PEFT raises this string on loading a file that it would otherwise add to a base without the residual
-    message = f"prep {init}: not written by prep.peft.save, so the base lacks its residual"
-    adapted.peft_config[adapter].init_lora_weights = message
-
-
-@torch.no_grad()
-def _start_layer(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor]:
-    """Set A, B and the base of one PEFT layer; a copy of A and B on the CPU."""
-    A, B, s = _set_factors(module, adapter, basis)
-    W = weight_matrix(module.get_base_layer())
-    wide = torch.promote_types(W.dtype, torch.float32)
-    with exact():
-        W.copy_(torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=-s))
-    _set_magnitude(module, adapter)
-    return A.detach().to("cpu", copy=True), B.detach().to("cpu", copy=True)
-
-
-@torch.no_grad()
-def _start_repair(module: Any, adapter: str, basis: Basis) -> None:
-    """Set A and B of one PEFT layer, `s B A = U diag(S) P`; its base stays as it is."""
-    _set_factors(module, adapter, basis)
-    _set_magnitude(module, adapter)
-
-
-def _set_factors(module: Any, adapter: str, basis: Basis) -> tuple[Tensor, Tensor, float]:
-    """A, B and the scaling of one PEFT layer, once A and B are those of its basis."""
-    A, B, s = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
-    for parameter, value in zip((A, B), factors(basis, len(A), s), strict=True):
-        parameter.copy_(value)
-        if not torch.isfinite(parameter).all():
-            raise PrepError(
-                f"the start has entries up to {float(value.abs().max()):.0e}, for which {parameter.dtype} has no room: "
-                "load the model again and leave autocast_adapter_dtype at True"
-            )
-    return A, B, s
-
-
-def _set_magnitude(module: Any, adapter: str) -> None:
-    """Under DoRA: the norms of the adapted weight, as the forward will compute them."""
-    if adapter in module.lora_magnitude_vector:
-        A, B, s = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
-        magnitude: Any = module.lora_magnitude_vector[adapter]
-        magnitude.update_layer(base_layer=module.get_base_layer(), lora_A=A, lora_B=B, scaling=s)
-
-
-def _save_base(base: nn.Module, path: Path) -> None:
-    """Write a base model that PEFT has wrapped, under the names it had before."""
-    if not hasattr(base, "save_pretrained"):
-        raise PrepError(f"{type(base).__name__} has no save_pretrained: save with as_='lora'")
-    state = {}
-    for key, value in base.state_dict().items():
-        if not any(part in key for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
-            for wrapper in (".base_layer.", ".original_module.", ".token_adapter."):
-                key = key.replace(wrapper, ".")
-            state[key] = value
-    base.save_pretrained(path, state_dict=state)  # type: ignore[operator]
-    readable(path, _WEIGHTS)

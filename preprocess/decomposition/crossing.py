@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...commands import OF_INPUTS
 from ...store import LayerMoment
 from ...store.excess import doubled
 from ...store.info import pattern
@@ -75,7 +76,7 @@ def to_cross(layers: Mapping[str, LayerMoment], method: Method, count: int, repa
     """
     if method.pooling != "rms":
         return frozenset()
-    full = method.metric == "components" or repair
+    full = method.metric in OF_INPUTS or repair
     known = [layer for layer, one in layers.items() if one.half is not None and tells_output(one, full)]
     return frozenset(sampled(known, count))
 

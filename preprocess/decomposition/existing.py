@@ -82,6 +82,8 @@ def _opens(bases: Bases, name: str) -> bool:
 
 def _covers(basis: BasisSet, request: Request, differences: list[str]) -> bool:
     """Whether a complete basis has every direction asked for and differs in nothing else: a slice of it is that one."""
+    if request.method.metric == "null":
+        return False
     only_rank = len(differences) == 1 and differences[0].startswith("rank:")
     enough = all(min(request.method.rank, *record.shape) <= record.rank for record in basis.layers.values())
     return basis.status == "complete" and only_rank and enough

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...commands import repair_name
+from ...commands import OF_INPUTS, repair_name
 from ...errors import PrepError, StoreError
 from ...linear import layer_shape
 from ...store import LayerMoment, Moments, Store, open_store
@@ -87,8 +87,8 @@ def _methods(options: DecomposeOptions) -> list[Method]:
     given = {name: getattr(options, name) for name in asked}
     methods = [method_for(published, **given) for published in options.methods]
     for method in methods if options.repair is not None else ():
-        if method.metric == "components" or method.select != "top":
-            said = "EVA's components" if method.metric == "components" else f"select {method.select}"
+        if method.metric in OF_INPUTS or method.select != "top":
+            said = f"metric {method.metric}" if method.metric in OF_INPUTS else f"select {method.select}"
             raise PrepError(f"--repair takes the top of the error, not {said}: leave out --for and --select")
     return methods
 

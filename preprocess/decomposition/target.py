@@ -10,6 +10,7 @@ import torch
 import zarr
 from torch import Tensor, nn
 
+from ...commands import OF_INPUTS
 from ...errors import PrepError
 from ...linear import layer_shape
 from ...store import BasisWriter, LayerRecord, open_store
@@ -103,7 +104,7 @@ class Target:
     def _told(self) -> list[str]:
         """What is stored of every direction: `kept` where all moments tell it, `unseen` where all are cross-fitted."""
         layers, method, repairs = self.request.layers or {}, self.request.method, self.request.repair is not None
-        full = method.metric == "components" or repairs
+        full = method.metric in OF_INPUTS or repairs
         if not layers or not all(tells_output(one, full) for one in layers.values()):
             return []
         everywhere = to_note(layers, method, self.request.options.sample, repairs) == set(layers)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ...commands import OF_INPUTS
 from ...copies import named
 from ...errors import PrepError, StoreError
 from ...store import BasisSet, LayerMoment, Moments, Store, open_store
@@ -166,7 +167,7 @@ def _same_model(store: Store, other: Store) -> Store:
 def _check_kind(layer: str, moment: LayerMoment, bases: Iterable[BasisSet]) -> None:
     """StoreError where the moments of a layer do not tell what a basis keeps of it."""
     for basis in bases:
-        full = basis.method["metric"] == "components" or basis.repair is not None
+        full = basis.method["metric"] in OF_INPUTS or basis.repair is not None
         if layer in basis and not tells_output(moment, full):
             what, kinds = "which does not tell its output", "full` or `--moment output"
             if full:

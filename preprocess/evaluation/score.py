@@ -22,7 +22,7 @@ from ..model.quantised import Copy
 from ..numerics.evaluation import (
     Energy,
     input_variance,
-    kept_output,
+    kept_by,
     kept_variance,
     output_energy,
 )
@@ -97,7 +97,7 @@ class Scoring:
                 energy = Energy(input_variance(whole), kept_variance(_array(stored.P), whole))
             else:
                 totals[copy] = totals[copy] if copy in totals else output_energy(matrix, whole)
-                energy = Energy(totals[copy], _kept(stored, whole))
+                energy = Energy(totals[copy], _kept(basis.method["metric"], matrix, stored, whole))
             found = asked.noted.get(name, {}).get(layer)
             if parts is not None and layer in asked.crossed.get(name, ()):
                 found = cross(matrix, parts, method_of(basis, rank)).shares(asked.ranks, energy)
@@ -115,9 +115,10 @@ class Scoring:
         return 8 * (4 * d_in * d_in + max(5 * d_out * d_in + 4 * min(d_out, d_in) ** 2 for d_out, _ in shapes))
 
 
-def _kept(stored: Basis, moment: InputStatistics) -> Any:
+def _kept(metric: str, W: np.ndarray, stored: Basis, moment: InputStatistics) -> Any:
     rank = stored.record.rank
-    return kept_output(_array(stored.U[:, :rank]), _array(stored.S[:rank]), _array(stored.P[:rank]), moment)
+    U, S, P = _array(stored.U[:, :rank]), _array(stored.S[:rank]), _array(stored.P[:rank])
+    return kept_by(metric, W, U, S, P, moment)
 
 
 def _array(x: Tensor) -> Any:

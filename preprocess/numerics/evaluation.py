@@ -5,7 +5,8 @@ Where `U^T W = diag(S) P`, the first r directions lose, on tokens with the secon
     e(r) = E||(W - U S P) x||^2 = tr(W C W^T) - sum_{i<=r} t_i,   t_i = u_i^T W C W^T u_i = S_i^2 P_i C P_i^T
 
 for every metric and power; `E[y y^T]` serves in place of `W C W^T`. A basis of metric components (EVA) is no factor of
-W: it is scored by the input variance that P holds, `t_i = P_i (C - E[x] E[x]^T) P_i^T` of `tr(C - E[x] E[x]^T)`.
+W: it is scored by the input variance that P holds, `t_i = P_i (C - E[x] E[x]^T) P_i^T` of `tr(C - E[x] E[x]^T)`. For
+one of metric null U^T W is not diag(S) P, and `t_i = 2 S_i u_i^T W C P_i^T - S_i^2 P_i C P_i^T`, which may be negative.
 
 Of two disjoint parts A and B of the tokens, `e_B(basis of A)` is an honest estimate, and `e_A(basis of A)` is too small
 by about as much as the basis of A is worse than the best one. The excess of a basis falls as n^-0.8 (measured).
@@ -113,7 +114,7 @@ def own_energy(
     if known is not None:
         return known
     energy = output_energy(W, moment) if total is None else total()
-    return Energy(energy, kept_output(basis.U, basis.S, basis.P, moment))
+    return Energy(energy, kept_by(method.metric, W, basis.U, basis.S, basis.P, moment))
 
 
 def _from_gram(W: np.ndarray, basis: WhitenedSVD, moment: InputStatistics, method: Method) -> Energy | None:
@@ -159,6 +160,17 @@ def kept_output(U: np.ndarray, S: np.ndarray, P: np.ndarray, moment: InputStatis
     return quadratic(np.asarray(P, dtype=np.float64) * np.asarray(S, dtype=np.float64)[:, None], moment)
 
 
+def kept_by(
+    metric: str, W: np.ndarray, U: np.ndarray, S: np.ndarray, P: np.ndarray, moment: InputStatistics
+) -> np.ndarray:
+    """t_i (r,) of a basis of any metric but components. PrepError where the moment does not tell it."""
+    if metric != "null":
+        return kept_output(U, S, P, moment)
+    _need_matrix(moment)
+    PC = P @ moment.second_moment
+    return S * (2 * np.einsum("ij,ij->i", U.T @ W, PC) - S * np.einsum("ij,ij->i", P, PC))
+
+
 def kept_variance(P: np.ndarray, moment: InputStatistics) -> np.ndarray:
     """The input variance (r,) along the orthonormal rows of P (r, d_in). PrepError where the moment is not full."""
     if moment.second_moment is None:
@@ -199,7 +211,7 @@ def crossed(W: np.ndarray, a: InputStatistics, b: InputStatistics, share: float,
     def on(basis: WhitenedSVD, moment: InputStatistics, total: float) -> Energy:
         if method.metric == "components":
             return Energy(total, kept_variance(basis.P, moment))
-        return Energy(total, kept_output(basis.U, basis.S, basis.P, moment))
+        return Energy(total, kept_by(method.metric, W, basis.U, basis.S, basis.P, moment))
 
     return Crossed(share, a_on_a, on(of_a, b, b_on_b.total), b_on_b, on(of_b, a, a_on_a.total))
 

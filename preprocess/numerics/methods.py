@@ -1,17 +1,18 @@
 """What a decomposition is asked for: the metric of the SVD, the directions kept, and the moments that this needs.
 
 `PUBLISHED` says in these words what PiSSA (arXiv 2404.02948), MiLoRA (2406.09044), CorDA (2406.05223), SVD-LLM
-(2403.07378), ASVD (2312.05821), EVA (2410.07170), AntiPaSTO (2601.07473) and LoRA-XS (2405.17604) decompose.
+(2403.07378), ASVD (2312.05821), EVA (2410.07170), LoRA-Null (2503.02659), MiCA (2604.01694), Astra (2602.19111),
+AntiPaSTO (2601.07473) and LoRA-XS (2405.17604) decompose.
 """
 
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
-from ...commands import default_name
+from ...commands import OF_INPUTS, default_name
 from ...errors import PrepError, did_you_mean
 
-METRICS = ("full", "diagonal", "identity", "components")
+METRICS = ("full", "diagonal", "identity", "components", "null")
 SELECTIONS = ("top", "bottom", "activation")
 POOLINGS = ("rms", "mean_abs")
 SOLVERS = ("auto", "exact", "svd", "randomized")
@@ -31,7 +32,7 @@ class Method:
 
     damping is relative to mean(diag C); epsilon, when given, is the absolute form and replaces it. center takes the
     mean out of C. pooling is that of an activation: its root mean square, or the mean of its magnitude over a sample of
-    tokens. Power 0 is metric identity; metric components is always centred. Raises PrepError.
+    tokens. Power 0 is metric identity; metric components is always centred, null never. Raises PrepError.
     """
 
     metric: str = "full"
@@ -63,24 +64,27 @@ class Method:
             raise PrepError(f"solver randomized finds the top only, not {self.select}: take solver exact")
         if self.pooling != "rms" and self.select != "activation":
             raise PrepError(f"pooling {self.pooling} is for select activation, not {self.select}: take that, or rms")
-        if self.metric == "components":
-            object.__setattr__(self, "center", True)
+        if self.metric in OF_INPUTS:
+            object.__setattr__(self, "center", self.metric == "components")
             if self.select != "top":
-                raise PrepError(f"metric components keeps the top only, not {self.select}: take select top")
+                raise PrepError(f"metric {self.metric} keeps the top only, not {self.select}: take select top")
             if self.solver not in ("auto", "exact"):
-                raise PrepError(f"metric components has no solver {self.solver}: take solver exact")
+                raise PrepError(f"metric {self.metric} has no solver {self.solver}: take solver exact")
 
 
 PUBLISHED: dict[str, Method] = {
     "pissa": Method("identity"),
     "milora": Method("identity", select="bottom"),
+    "mica": Method("identity", select="bottom"),
     "corda_ipm": Method("full", power=1),
     "corda_kpm": Method("full", power=1, select="bottom"),
     "whitened": Method("full"),
     "antipasto_corda": Method("full"),
     "asvd": Method("diagonal"),
     "antipasto_asvd": Method("diagonal"),
+    "astra": Method("full", damping=0),
     "eva": Method("components"),
+    "lora_null": Method("null"),
     "antipasto": Method("identity", select="activation"),
     "antipasto_rot": Method("identity", select="activation"),
     "antipasto_ablate": Method("identity", select="activation"),
@@ -98,7 +102,8 @@ def method_for(published: str | None, **asked: Any) -> Method:
     one_of("--for", published or "whitened", tuple(PUBLISHED))
     base = PUBLISHED[published] if published else Method()
     given = {name: value for name, value in asked.items() if value is not None}
-    for name in ("metric", "power", "select", "center") if published else ():
+    fixed = ["metric", "power", "select", "center"] + ["damping", "epsilon"] * (base.damping == 0)
+    for name in fixed if published else ():
         if name in given and given[name] != getattr(base, name):
             raise PrepError(
                 f"{published} has the {name} {getattr(base, name)}, not {given[name]}: leave out --{name}, or leave "
@@ -108,7 +113,7 @@ def method_for(published: str | None, **asked: Any) -> Method:
 
 
 def basis_name(method: Method) -> str:
-    """The default name of a basis: `full`, `full-p1-bottom`, `full-centered`, `identity-activation`, `eva` ..."""
+    """The default name of a basis: `full`, `full-p1-bottom`, `full-undamped`, `identity-activation`, `eva` ..."""
     return default_name(asdict(method))
 
 
@@ -120,7 +125,7 @@ def check(moment_kind: str | None, method: Method) -> str | None:
     if moment_kind is None:
         return f"{'select activation' if activation else f'metric {metric}'} needs moments: run `prep covariance` first"
     wish = None
-    if metric == "components" or (metric == "full" and moment_kind == "diagonal"):
+    if metric in OF_INPUTS or (metric == "full" and moment_kind == "diagonal"):
         wish = f"metric {metric}"
     elif metric == "full" and method.power != 0.5:
         wish = f"metric full at power {method.power:g}"

@@ -9,6 +9,7 @@ With `C_d = C + damping mean(diag C) I`:
     metric diagonal    M = diag(C_d)^a    ASVD, arXiv 2312.05821
     metric identity    M = I              plain SVD
     metric components  P = eigenvectors of the centred C (EVA, arXiv 2410.07170): no factor of W, see `_components`
+    metric null        U S P = W N N^T, N = bottom eigenvectors of C (LoRA-Null, arXiv 2503.02659), see `_null`
 
 For the first three `U^T W = diag(S) P` holds for every stored direction. Numerics only: pure functions in float64.
 """
@@ -69,6 +70,9 @@ def whitened_svd(W: np.ndarray, moment: InputStatistics | None, method: Method) 
     if method.metric == "components":
         assert moment is not None
         return _components(W, moment, rank)
+    if method.metric == "null":
+        assert moment is not None
+        return _null(W, moment, rank)
 
     solution = _solve(W, moment, method, rank)
     U = solution.Z * _signs(solution.Z)
@@ -93,6 +97,8 @@ def spectrum_size(shape: tuple[int, int], method: Method) -> int:
     """How many singular values of a layer (d_out, d_in) every route gives: all k, or r where only those are sought."""
     if method.metric == "components":
         return shape[1]
+    if method.metric == "null":
+        return min(method.rank, *shape)
     side, rank = min(shape), min(method.rank, *shape)
     return rank if _tries_randomized(side, rank, method) else side
 
@@ -235,6 +241,33 @@ def _components(W: np.ndarray, moment: InputStatistics, rank: int) -> WhitenedSV
         energy=float(np.sum(spectrum[:rank] ** 2)) / total if total > 0 else 1.0,
         tail=_root_of_rest(spectrum, order),
         numerical_rank=int(np.sum(spectrum > _MOMENT_NOISE**0.5 * spectrum[0])),
+        solver="gram",
+        bound=1.0,
+    )
+
+
+def _null(W: np.ndarray, moment: InputStatistics, rank: int) -> WhitenedSVD:
+    """LoRA-Null: of N (d_in, r), the bottom eigenvectors of C, `W N = U diag(S) V^T` and `P = V^T N^T`.
+
+    `U diag(S) P = W N N^T` has every row in the span of N, so a slice of it is not that of fewer eigenvectors. P has
+    orthonormal rows, `U^T W = diag(S) P` does not hold. energy and tail are in terms of W: `|W N|^2 / |W|^2` and
+    `|W - W N N^T|`. There is no damping, which would not change eigenvectors.
+    """
+    C = moment.second_moment
+    assert C is not None
+    order = np.arange(len(C))[::-1][:rank]
+    N = moment.once(("null", rank), lambda: solvers.gram(C, order)[1])
+    U, S, Vt = np.linalg.svd(W @ N, full_matrices=False)
+    signs = _signs(U)
+    total, kept = float(np.sum(W**2)), float(np.sum(S**2))
+    return WhitenedSVD(
+        U=U * signs,
+        S=S,
+        P=(Vt * signs[:, None]) @ N.T,
+        spectrum=S,
+        energy=kept / total if total > 0 else 1.0,
+        tail=float(np.sqrt(max(total - kept, 0.0))),
+        numerical_rank=int(np.sum(_EPS * max(W.shape) * S[0] < S)),
         solver="gram",
         bound=1.0,
     )

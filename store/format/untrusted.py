@@ -28,7 +28,13 @@ class Word(str):
 NULL = None
 _MODEL = {name: (str, NULL) for name in ("id?", "revision?", "class?", "config_hash?", "dtype?")}
 _CORPUS: dict[str, Any] = dict.fromkeys(("num_sequences?", "seq_len?", "tokens?", "batches?"), int)
-_CORPUS |= {"source?": str, "split?": (str, NULL), "pack?": bool, "parts?": [{"weight": float, "corpus": _CORPUS}]}
+_CORPUS |= {
+    "source?": str,
+    "split?": (str, NULL),
+    "pack?": bool,
+   
+    "parts?": [{"weight": float, "corpus": _CORPUS}],
+}
 _CORPUS["mixture?"] = [{"source": str, "weight": int, "sequences": int, "tokens": int}]
 
 ROOT = {
@@ -58,10 +64,11 @@ SITE = {
 REPAIRED = {"hash": Word, "dtype": Word, "probes": [float], "error": float}
 _COPY = {"source": ("recipe", "checkpoint", "module"), "name": Word, "id?": Word, "revision?": (Word, NULL)}
 _COPY |= {"files?": (str, NULL), "config?": (NULL, dict)}
+METRICS = ("full", "diagonal", "identity", "components", "null")
 BASIS = {
     "status": ("complete", "incomplete"),
     "method": {
-        "metric": ("full", "diagonal", "identity", "components"),
+        "metric": METRICS,
         "rank": int,
         "power?": float,
         "select?": ("top", "bottom", "activation"),

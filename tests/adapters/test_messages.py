@@ -381,8 +381,8 @@ def without_peft():
 PEFT = {
     "a misspelled init": (
         start("pisa"),
-        "no init 'pisa': choose from pissa, milora, corda_ipm, corda_kpm, whitened, asvd, eva, repair, "
-        "lora (did you mean 'pissa'?)",
+        "no init 'pisa': choose from pissa, milora, corda_ipm, corda_kpm, whitened, asvd, astra, "
+        "lora_null, eva, mica, repair, lora (did you mean 'pissa'?)",
     ),
     "a rank above the stored one": (
         start(r=17),
@@ -528,6 +528,11 @@ PEFT = {
         lambda: prep.peft.save(started_and_merged(), "a"),
         "the adapter is merged into the base: call model.unmerge_adapter() before saving",
     ),
+    "a split of nothing": (
+        start(init="mica", split="A"),
+        "init 'mica' has no S to share between A and B: leave out split",
+    ),
+    "a split that there is not": (start(init="pissa", split="both"), "no split 'both': choose from even, A, B"),
     "save eva as a residual": (
         lambda: prep.peft.save(started("eva"), "a", as_="residual"),
         "the base has no residual under this init: save with as_='lora'",

@@ -13,6 +13,7 @@ from prep.preprocess.numerics.evaluation import (
     Energy,
     crossed,
     input_variance,
+    kept_by,
     kept_output,
     kept_variance,
     output_energy,
@@ -36,6 +37,7 @@ METHODS = [
     Method("full", power=1),
     Method("full", damping=0),
 ]
+NULL = Method("null", rank=12)
 
 
 def lost_on(X, W, basis, rank):
@@ -57,6 +59,24 @@ def test_the_error_is_that_of_running_both_weights(shape, method):
             assert energy.total == pytest.approx(total, rel=1e-10)
             for rank in RANKS:
                 assert energy.lost(rank) == pytest.approx(lost_on(X, W, basis, rank), rel=1e-6, abs=1e-9 * total)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_error_of_a_basis_in_the_null_space(shape):
+    """Where U^T W is not diag(S) P: on its own tokens and on others, at every rank."""
+    W, own = weight(*shape), activations(shape[1])
+    basis = whitened_svd(W, full(own), NULL)
+    for X in (own, activations(shape[1], tokens=300, seed=5)):
+        moment = full(X)
+        energy = Energy(output_energy(W, moment), kept_by("null", W, basis.U, basis.S, basis.P, moment))
+        for rank in (1, 5, 12):
+            wanted = lost_on(X, W, basis, rank)
+            assert energy.total - energy.kept[:rank].sum() == pytest.approx(wanted, rel=1e-6)
+    np.testing.assert_allclose(
+        own_energy(W, basis, full(own), NULL).kept, kept_by("null", W, basis.U, basis.S, basis.P, full(own))
+    )
+    found = crossed(W, full(own[:200]), full(own[200:]), 200 / len(own), NULL)
+    assert found.a_on_b.total == pytest.approx(output_energy(W, full(own[200:])))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -564,9 +564,9 @@ DECOMPOSE = {
     "a negative power": (decompose(power=-1), "power -1 is not allowed: give a finite number >= 0"),
     "no such method": (
         decompose(for_="nope"),
-        "--for 'nope' does not exist: take one of pissa, milora, corda_ipm, corda_kpm, whitened, "
-        "antipasto_corda, asvd, antipasto_asvd, eva, antipasto, antipasto_rot, antipasto_ablate, antipasto_dplr, "
-        "antipasto_arrow, lora_xs",
+        "--for 'nope' does not exist: take one of pissa, milora, mica, corda_ipm, corda_kpm, whitened, "
+        "antipasto_corda, asvd, antipasto_asvd, astra, eva, lora_null, antipasto, antipasto_rot, antipasto_ablate, "
+        "antipasto_dplr, antipasto_arrow, lora_xs",
     ),
     "a mean that metric identity does not take": (
         decompose(metric="identity", center=True),
@@ -599,7 +599,7 @@ DECOMPOSE = {
     ),
     "a repair by components": (
         decompose(repair="int4", for_="eva"),
-        "--repair takes the top of the error, not EVA's components: leave out --for and --select",
+        "--repair takes the top of the error, not metric components: leave out --for and --select",
     ),
     "a repair from the bottom": (
         decompose(repair="int4", select="bottom"),
