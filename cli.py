@@ -100,6 +100,13 @@ _decompose_option = partial(_option, DecomposeOptions)
 @_covariance_option("--text-column", help="Column that holds the text.  [default: text, or the only text column]")
 @_covariance_option("--template", help=r'Text made of columns, such as "{question}\n{answer}".')
 @_covariance_option("--chat-column", help="Column of chat messages, formatted by the model's chat template.")
+@_covariance_option(
+    "--label-mask",
+    is_flag=True,
+    help="Count the tokens of answers only: what the chat template marks as generation, or a --template from "
+    "--answer-from on. The model reads all tokens.",
+)
+@_covariance_option("--answer-from", help='The part of --template that the answer begins with, such as "{answer}".')
 @_covariance_option("--num-sequences", type=click.IntRange(1), help="Sequences to calibrate on.")
 @_covariance_option(
     "--until", help="Read twice as many sequences until bases lose less than this share, such as 2%, by lack of data."

@@ -43,6 +43,8 @@ def covariance(
     text_column: str | None = None,
     template: str | None = None,
     chat_column: str | None = None,
+    label_mask: bool = False,
+    answer_from: str | None = None,
     num_sequences: int = 256,
     until: float | str | None = None,
     rank: int | None = None,
@@ -85,6 +87,8 @@ def covariance(
     subset, split: configuration and split of a hub data set.
     text_column: the column of text, by default `text` or the only one. template: text of several columns, such as
     "{question}\\n{answer}". chat_column: a column of messages, written by the tokenizer's chat template.
+    label_mask: count the tokens of answers only; the model reads all. answer_from: the part of `template` that an
+    answer begins with, such as "{answer}"; of a chat column answers are what the chat template marks as generation.
     num_sequences, seq_len, batch_size: how many sequences are read, of how many tokens, and how many at a time.
     pack: join documents by the end token and cut them; False pads one document a sequence. seed: of their order.
     targets, exclude: regular expressions of layer names, or lists of them. layers: block numbers, "0-3,8" or [0, 1].

@@ -45,6 +45,8 @@ class CovarianceOptions:
     text_column: str | None = None
     template: str | None = None
     chat_column: str | None = None
+    label_mask: bool = False
+    answer_from: str | None = None
     num_sequences: int = 256
     until: float | str | None = None
     rank: int | None = None
@@ -116,12 +118,30 @@ class CovarianceOptions:
         if self.keep_tokens < 0:
             raise PrepError(f"--keep-tokens {self.keep_tokens} is not a number of tokens: give 0 for none, or more")
         self._check_inputs()
+        self._check_labels()
         self._check_until()
 
     @property
     def named(self) -> bool:
         """Whether the model is a path or hub id, not a module."""
         return isinstance(self.model, str)
+
+    def _check_labels(self) -> None:
+        """Refuse a mask of labels by which no answer can be told."""
+        if self.answer_from is not None and not (self.label_mask and self.template is not None):
+            raise PrepError("--answer-from says where a --template's answer begins, for --label-mask: give both, too")
+        if not self.label_mask:
+            return
+        if self.batches is not None:
+            raise PrepError("label_mask= is for data=: of batches= the mask= says which tokens count")
+        if self.compat is not None:
+            raise PrepError(f"--compat {self.compat} counts every token: leave it out, or --label-mask")
+        if self.template is not None and self.answer_from is None:
+            raise PrepError(
+                "--label-mask needs to know where the --template's answer begins: add --answer-from, such as '{answer}'"
+            )
+        if self.template is None and self.chat_column is None:
+            raise PrepError("--label-mask needs --chat-column, or --template with --answer-from, to tell answers by")
 
     def _check_until(self) -> None:
         """Refuse what --until cannot be judged by."""

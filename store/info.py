@@ -203,6 +203,8 @@ def _corpus(corpus: dict[str, Any]) -> list[str]:
 def corpus_lines(corpus: dict[str, Any]) -> list[str]:
     """What was read in one line, and in one more for each part of a pool or mixture."""
     tokens = f"{corpus.get('tokens', 0):,} tokens"
+    if corpus.get("label_mask"):
+        tokens += f" of answers out of {corpus.get('tokens_read', 0):,}"
     if "parts" in corpus:
         parts = [(part["weight"], part["corpus"]) for part in corpus["parts"]]
         return [f"pool of {len(parts)} stores, {tokens}"] + [

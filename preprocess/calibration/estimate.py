@@ -103,9 +103,9 @@ def _seconds_per_batch(part: Part, inputs: Inputs, source: Text) -> float:
     """Of the first batch, once its first sequence has paid for fresh memory and for the libraries' start."""
     one = {name: value[:1] for name, value in inputs.items()}
     with part.hooked():
-        part.add(Batch(0, one, source.masks(one), source.keys(0)[:1]))
+        part.add(Batch(0, one, source.masks(one), source.keys(0)[:1], source.labels(one)))
         begun = time.monotonic()
-        part.add(Batch(0, inputs, source.masks(inputs), source.keys(0)))  # which waits for the devices
+        part.add(Batch(0, inputs, source.masks(inputs), source.keys(0), source.labels(inputs)))  # waits for the devices
         return time.monotonic() - begun
 
 

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from ...errors import PrepError
 from ...linear import parameter, weight_matrix
 from ..model.experts import ExpertLinear, home
-from ..model.sites import Site, layer_input
+from ..model.sites import DECODER_MASK, MASK, Site, layer_input
 from ..numerics.accumulators import SiteSums
 from ..numerics.device_sums import DeviceSums
 from ..numerics.sample import Key, priorities
 
 
 class RealRows:
-    """Which rows of the batch under way are real tokens, by the name of a mask.
+    """Which rows of the batch under way count: the real tokens and, under --label-mask, of these the answers.
 
-    masks: name -> (indices of the real rows or None where all are real, number of all rows). empty: no row counts.
-    Rows have priorities (see numerics/sample.py), which `of` does not need.
+    masks: name -> (indices of the real rows or None where all are real, number of all rows), which experts compute
+    with. empty: no row counts. Rows have priorities (see numerics/sample.py), which `of` does not need.
     """
 
     number = 0
@@ -39,31 +39,46 @@ class RealRows:
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
         self._sequences = 0
         self._keys: Sequence[Key] = ()
-        self._given: Mapping[str, Tensor] = {}
+        self._counted: dict[str, tuple[Tensor | None, int]] = {}  # like `masks`, of the rows that count
+        self._real: Mapping[str, Tensor] = {}  # masks of the real rows
+        self._given: Mapping[str, Tensor] = {}  # and of those that count
+        self._answers: dict[str, Tensor] = {}  # of the real rows, which ones are of answers
         self._calls: Counter[str] = Counter()
         self._drawn: dict[Any, np.ndarray] = {}
         self._routed: tuple[Tensor, np.ndarray] | None = None
 
-    def begin(self, number: int, masks: Mapping[str, Tensor] | None, keys: Sequence[Key] = ()) -> None:
+    def begin(
+        self,
+        number: int,
+        masks: Mapping[str, Tensor] | None,
+        keys: Sequence[Key] = (),
+        labels: Tensor | None = None,
+    ) -> None:
         """The batch `number` with its masks (B, T), zero on padding; None for a batch that does not count.
 
-        keys: of its sequences, or of all its rows.
+        keys: of its sequences, or of all its rows. labels: (B, T), zero on tokens that are of no answer.
         """
         self.number, self.empty, self._keys, self._given = number, masks is None, keys, masks or {}
-        self.masks, self._moved, self._sequences = {}, {}, 0
-        self._calls, self._drawn, self._routed = Counter(), {}, None
-        for name, mask in self._given.items():
-            rows = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
-            self.masks[name] = rows, mask.numel()
-            self._sequences = len(mask)
+        self._moved, self._calls, self._drawn, self._routed = {}, Counter(), {}, None
+        self.masks, self._real = {name: _rows_of(mask) for name, mask in self._given.items()}, self._given
+        self._counted, self._answers = self.masks, {}
+        if labels is not None and masks is not None:
+            given = dict.fromkeys((MASK, DECODER_MASK), torch.ones_like(labels)) | dict(masks)
+            self._answers = {name: labels[mask.bool()].bool() for name, mask in given.items()}
+            self._given = {name: labels * mask for name, mask in given.items()}
+            self._counted = {name: _rows_of(mask) for name, mask in self._given.items()}
+        self._sequences = max(map(len, self._given.values()), default=0)
 
-    def of(self, x: Tensor, site: Site) -> Tensor:
-        """The real tokens of a site's activation (..., d) as (n, d)."""
+    def of(self, x: Tensor, site: Site, layer: nn.Module) -> Tensor:
+        """The rows that count of an activation (..., d) of a site's layer as (n, d)."""
         flat = x.detach().reshape(-1, x.shape[-1])
         if self.empty:
             return flat[:0]
-        rows, size = self.masks.get(site.mask, (None, 0))
-        if rows is None or site.routed:
+        if site.routed:
+            chosen = self._routed_answers(site, layer)
+            return flat if chosen is None else flat.index_select(0, chosen.to(flat.device))
+        rows, size = self._counted.get(site.mask, (None, 0))
+        if rows is None:
             return flat
         if len(flat) == size:
             place = site.mask, flat.device
@@ -78,6 +93,18 @@ class RealRows:
             "cannot be told: use batches without padding or leave it out with --exclude"
         )
 
+    def _routed_answers(self, site: Site, layer: nn.Module) -> Tensor | None:
+        """Which of the rows that an expert is given under this call are of answers; None where all count."""
+        if not self._answers:
+            return None
+        if not isinstance(layer, ExpertLinear) or layer.rows is None:
+            raise PrepError(
+                f"the tokens that {site.name} is given cannot be told, so neither its answers: leave out --label-mask, "
+                "or this layer with --exclude"
+            )
+        rows, _ = layer.rows
+        return self._answers[site.mask][rows.cpu()].nonzero().squeeze(1)
+
     def priorities(self, n: int, site: Site, layer: nn.Module) -> np.ndarray:
         """Priorities (n,) of the rows that `of` gave for the call of a site's layer under way."""
         if not n:
@@ -91,7 +118,9 @@ class RealRows:
         rows, of = layer.rows
         if self._routed is None or self._routed[0] is not rows:  # both projections of an expert have the same
             self._routed = rows, rows.cpu().numpy()
-        return self._draw(of, site.mask, call)[self._routed[1]]
+        drawn = self._draw(of, site.mask, call)[self._routed[1]]
+        chosen = self._routed_answers(site, layer)
+        return drawn if chosen is None else drawn[chosen.numpy()]
 
     def _draw(self, n: int, mask: str, call: int) -> np.ndarray:
         """Priorities (n,) of the rows of a stream of tokens: the same for all sites that read it."""
@@ -103,12 +132,17 @@ class RealRows:
     def _split(self, n: int, mask: str) -> tuple[Sequence[Key], list[int]]:
         """Keys and numbers of rows of the sequences that n rows are of; one key for all where that is not known."""
         keys = self._keys
-        if mask in self._given:
-            given = self._given[mask]
-            real = given.reshape(len(keys), -1).count_nonzero(1).tolist() if given.numel() % len(keys) == 0 else []
-            if sum(real) == n:
-                return keys, real
+        for given in (self._given.get(mask), self._real.get(mask)):  # experts are given all real rows
+            if given is not None and given.numel() % len(keys) == 0:
+                counts = given.reshape(len(keys), -1).count_nonzero(1).tolist()
+                if sum(counts) == n:
+                    return keys, counts
         return (keys, [n // len(keys)] * len(keys)) if n % len(keys) == 0 else (keys[:1], [n])
+
+
+def _rows_of(mask: Tensor) -> tuple[Tensor | None, int]:
+    """Indices of the rows where a mask is not zero, None where that is everywhere; the number of all rows."""
+    return None if mask.all() else mask.reshape(-1).nonzero().squeeze(1), mask.numel()
 
 
 class SiteHooks:
@@ -162,18 +196,18 @@ class SiteHooks:
             own = x[:0] if self._rows.empty else x
             self._sums.add_input(scaled_by_sequence(own), self._rows.number, count=len(own))
         else:
-            X, sample = self._rows.of(x, self._site), self._sums.sample
+            X, sample = self._rows.of(x, self._site, layer), self._sums.sample
             self._sums.add_input(X, self._rows.number)
             if sample is not None:
                 sample.add(X, self._rows.priorities(len(X), self._site, layer))
 
     def _take_output(self, member: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         if y.dtype in (torch.float32, torch.float64):
-            y = self._rows.of(y, self._site)
+            y = self._rows.of(y, self._site, layer)
             if getattr(layer, "bias", None) is not None:
                 y = y - parameter(layer, "bias").to(y.device)
         else:  # a half-precision y has lost what the moment is to keep
-            y = self._sums.output(self._rows.of(layer_input(args, kwargs), self._site), weight_matrix(layer))
+            y = self._sums.output(self._rows.of(layer_input(args, kwargs), self._site, layer), weight_matrix(layer))
         self._sums.add_output(member, y)
 
 

@@ -119,7 +119,8 @@ class Calibration:
             if inputs is None:  # the last round has none for this process
                 yield Batch(number, self._source.example(), None)
             else:
-                yield Batch(number, inputs, self._source.masks(inputs), self._source.keys(number))
+                source = self._source
+                yield Batch(number, inputs, source.masks(inputs), source.keys(number), source.labels(inputs))
             self._added(number, part)
 
     def write(self, part: Part) -> None:

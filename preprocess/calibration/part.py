@@ -25,13 +25,15 @@ from .hooks import ExpertTurns, RealRows, SiteHooks, expert_turns
 class Batch:
     """inputs: what the model is called with. masks: (B, T) by name, zero on padding; None for a batch not counted.
 
-    keys: what the tokens of each of its sequences, or of all, are drawn by (see numerics/sample.py).
+    keys: what the tokens of each of its sequences, or of all, are drawn by (see numerics/sample.py). labels: (B, T),
+    zero on tokens that do not count though they are real; None where all real ones do.
     """
 
     number: int
     inputs: Inputs
     masks: Mapping[str, Tensor] | None
     keys: Sequence[Key] = ()
+    labels: Tensor | None = None
 
 
 class _DeepestSite(Exception):
@@ -101,7 +103,7 @@ class Part:
 
         PrepError for NaN or infinite activations, and where padding cannot be told from tokens.
         """
-        self._rows.begin(batch.number, batch.masks, batch.keys)
+        self._rows.begin(batch.number, batch.masks, batch.keys, batch.labels)
         with torch.no_grad(), contextlib.suppress(_DeepestSite):
             self._network.forward(batch.inputs)
         if self.on_devices:

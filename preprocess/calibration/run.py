@@ -23,8 +23,8 @@ from ..model.network import Network
 from ..options import CovarianceOptions
 
 _ARCHITECTURE = ("id", "revision", "config_hash")
-_AMOUNT = ("num_sequences", "tokens", "hash", "mixture")  # of a corpus: how much of the data was taken
-_FOLLOWS = ("corpus tokens:", "corpus hash:")  # from other options
+_AMOUNT = ("num_sequences", "tokens", "tokens_read", "hash", "mixture")  # of a corpus: how much of the data was taken
+_FOLLOWS = ("corpus tokens:", "corpus tokens_read:", "corpus hash:")  # from other options
 _WEIGHTS = "weights"  # entry of the model's description: a hash over those of all calibrated layers
 
 
@@ -100,13 +100,14 @@ class Run:
             {**self.model, "revision": self.revision},
             {"products": None, "keep_tokens": None, **self.options},
         )
-        wanted = {"model": model, "corpus": self.corpus, "options": options}
+        corpus = {"label_mask": None, "answer_from": None, **self.corpus}
+        wanted = {"model": model, "corpus": corpus, "options": options}
         there = {**store.attrs, **_removed(store)}
         if there["corpus"] is None:
             wanted = {"model": {name: wanted["model"][name] for name in _ARCHITECTURE}}
         different = []
         if fewer := self._fewer(store):
-            wanted["corpus"] = {name: value for name, value in self.corpus.items() if name not in _AMOUNT}
+            wanted["corpus"] = {name: value for name, value in corpus.items() if name not in _AMOUNT}
             if not self.growth(store):
                 different.append(f"corpus: the data does not begin with the {fewer} sequences calibrated on")
         for section, values in wanted.items():

@@ -11,8 +11,6 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...errors import PrepError
 from .text import Corpus, CorpusOptions, check_options, load_corpus
 
@@ -48,7 +46,12 @@ def load_mixture(options: CorpusOptions, parts: Weighted, tokenizer: PreTrainedT
         for (source, weight), count, corpus in zip(parts, counts, corpora, strict=True)
     )
     name = " + ".join(f"{weight} x {source}" for source, weight in parts)
-    return replace(corpora[0], options=replace(options, source=name), sequences=_in_turn(corpora), mixture=mixture)
+    turns = _turns([len(corpus.sequences) for corpus in corpora])
+    sequences = tuple(corpora[i].sequences[j] for i, j in turns)
+    labels = tuple(corpora[i].labels[j] for i, j in turns) if options.label_mask else ()
+    return replace(
+        corpora[0], options=replace(options, source=name), sequences=sequences, labels=labels, mixture=mixture
+    )
 
 
 def allotted(total: int, weights: Sequence[int]) -> list[int]:
@@ -61,13 +64,12 @@ def allotted(total: int, weights: Sequence[int]) -> list[int]:
     return counts
 
 
-def _in_turn(corpora: Sequence[Corpus]) -> tuple[np.ndarray, ...]:
-    """All sequences; the next one always from the corpus that is furthest behind its share."""
-    counts = [len(corpus.sequences) for corpus in corpora]
-    total, taken, mixed = sum(counts), [0] * len(counts), []
+def _turns(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(corpus, number in it) of all sequences; the next one of the corpus that is furthest behind its share."""
+    total, taken, turns = sum(counts), [0] * len(counts), []
     for position in range(1, total + 1):
         behind = [count * position - total * done for count, done in zip(counts, taken, strict=True)]
         i = behind.index(max(behind))
-        mixed.append(corpora[i].sequences[taken[i]])
+        turns.append((i, taken[i]))
         taken[i] += 1
-    return tuple(mixed)
+    return turns

@@ -21,7 +21,7 @@ from ..model.experts import watched
 from ..model.forward import Forward, Inputs, text_forward
 from ..model.loading import load_config, load_tokenizer
 from ..model.placement import input_device
-from ..model.sites import DECODER_MASK, MASK
+from ..model.sites import DECODER_MASK, LABELS, MASK
 from ..numerics.sample import Key
 from ..options import CovarianceOptions
 from .mixture import load_mixture
@@ -38,6 +38,7 @@ CORPUS_FIELDS = (
     "pack",
     "seed",
 )
+_LABELLED = ("label_mask", "answer_from")  # said of a corpus only where they are given
 _SHARED = [field.name for field in fields(CorpusOptions) if field.name != "source"]
 PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found
 Mask = Callable[[Any], Tensor | None]
@@ -46,9 +47,9 @@ Mask = Callable[[Any], Tensor | None]
 class Text:
     """A corpus in batches of `batch_size` sequences, from sequence number `first` on, for a transformers model.
 
-    total, sequences, count: tokens, sequences and batches from there on; half: how many batches are in when half of the
-    whole corpus is. tokens: of the whole corpus. seed: of its samples, from the first sequence, so that a corpus that
-    grows keeps it.
+    total, sequences, count: tokens that are read, sequences and batches from there on; half: how many batches are in
+    when half of the whole corpus is. tokens: of the whole corpus, those that count. seed: of its samples, from the
+    first sequence, so that a corpus that grows keeps it.
     """
 
     unit = "tokens"
@@ -65,7 +66,10 @@ class Text:
         self.count = -(-self.sequences // size)
         middle = -(-len(corpus.sequences) // size) // 2 * size
         self.half = max(0, middle - first) // size
-        self.about: dict[str, Any] = {**asdict(corpus.options), "tokens": corpus.tokens, "hash": corpus.hash}
+        asked = {name: value for name, value in asdict(corpus.options).items() if name not in _LABELLED or value}
+        self.about: dict[str, Any] = {**asked, "tokens": corpus.tokens, "hash": corpus.hash}
+        if corpus.labels:
+            self.about["tokens_read"] = corpus.read
         if corpus.mixture:
             self.about["mixture"] = list(corpus.mixture)
 
@@ -88,6 +92,10 @@ class Text:
     def masks(self, batch: Inputs) -> Mapping[str, Tensor]:
         """The masks of a batch by name, which an encoder-decoder reads on both sides; none without padding."""
         return dict.fromkeys((MASK, DECODER_MASK), batch[MASK]) if MASK in batch else {}
+
+    def labels(self, batch: Inputs) -> Tensor | None:
+        """The tokens of a batch that count (B, T), 1 or 0; None where all real ones do."""
+        return batch.get(LABELS)
 
     def keys(self, number: int) -> list[Key]:
         """What the tokens of each sequence of a batch are drawn by."""
@@ -169,6 +177,10 @@ class Batches:
                 what = f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
                 raise PrepError(f"the {name} {what}: give mask=, a function from a batch to (B, T)")
         return masks
+
+    def labels(self, batch: Inputs) -> Tensor | None:
+        """None: `mask` says which tokens count."""
+        return None
 
     def keys(self, number: int) -> list[Key]:
         """What the tokens of a batch are drawn by."""

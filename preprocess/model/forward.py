@@ -12,6 +12,7 @@ from torch import nn
 
 from .experts import home, watched
 from .placement import input_device
+from .sites import LABELS
 
 Inputs = Any  # a dictionary of tensors, unless `forward` takes something else
 Forward = Callable[[Inputs], object]
@@ -30,7 +31,7 @@ class TextForward:
         self._own_positions = counts_own_positions(body)
 
     def __call__(self, batch: Inputs) -> object:
-        inputs: dict[str, Any] = {name: value.to(self._device) for name, value in batch.items()}
+        inputs: dict[str, Any] = {name: value.to(self._device) for name, value in batch.items() if name != LABELS}
         if self._own_positions or "position_ids" not in self._accepted:
             inputs.pop("position_ids", None)
         if "use_cache" in self._accepted:

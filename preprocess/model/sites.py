@@ -24,6 +24,7 @@ from .experts import ExpertLinear, expert_layers, home, is_fused
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
+LABELS = "label_mask"  # of a batch: 1 on the tokens that count; no input of the model
 _NO_PRODUCTS = (nn.Embedding, nn.modules.conv._ConvNd)
 
 

@@ -27,12 +27,12 @@ class Word(str):
 
 NULL = None
 _MODEL = {name: (str, NULL) for name in ("id?", "revision?", "class?", "config_hash?", "dtype?")}
-_CORPUS: dict[str, Any] = dict.fromkeys(("num_sequences?", "seq_len?", "tokens?", "batches?"), int)
+_CORPUS: dict[str, Any] = dict.fromkeys(("num_sequences?", "seq_len?", "tokens?", "tokens_read?", "batches?"), int)
 _CORPUS |= {
     "source?": str,
     "split?": (str, NULL),
     "pack?": bool,
-   
+    "label_mask?": bool,
     "parts?": [{"weight": float, "corpus": _CORPUS}],
 }
 _CORPUS["mixture?"] = [{"source": str, "weight": int, "sequences": int, "tokens": int}]

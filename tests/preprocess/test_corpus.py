@@ -261,7 +261,7 @@ def test_only_as_many_documents_are_tokenised_as_needed(tmp_path, monkeypatch):
         return plain(self, texts, **settings)
 
     monkeypatch.setattr(type(tokenizer), "__call__", spy)
-    monkeypatch.setattr("prep.preprocess.corpus.text.CHUNK_CHARACTERS", 60)
+    monkeypatch.setattr("prep.preprocess.corpus.render.CHUNK_CHARACTERS", 60)
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in documents(100)])
     assert len(whole(path, 2, tokenizer)) == 2
     assert 2 <= len(seen) <= 30

@@ -184,6 +184,32 @@ COVARIANCE = {
         covariance(text_column="a", template="{b}"),
         "--text-column and --template exclude each other: give one of them",
     ),
+    "answers that cannot be told": (
+        covariance(label_mask=True),
+        "--label-mask needs --chat-column, or --template with --answer-from, to tell answers by",
+    ),
+    "a template whose answer is not named": (
+        covariance(label_mask=True, template="{text} {number}"),
+        "--label-mask needs to know where the --template's answer begins: add --answer-from, such as '{answer}'",
+    ),
+    "an answer that is not masked": (
+        covariance(template="{text}", answer_from="{text}"),
+        "--answer-from says where a --template's answer begins, for --label-mask: give both, too",
+    ),
+    "an answer that is not in the template": (
+        covariance(label_mask=True, template="{text} {number}", answer_from="{answer}"),
+        "--answer-from '{answer}' is not in --template '{text} {number}': give the part of it that the answer begins "
+        "with, such as {answer}",
+    ),
+    "an answer that is in the template twice": (
+        covariance(label_mask=True, template="{text}{text}", answer_from="{text}"),
+        "--answer-from '{text}' is more than once in --template '{text}{text}': give the part of it that the answer "
+        "begins with, such as {answer}",
+    ),
+    "labels of PEFT's own sums": (
+        covariance(label_mask=True, template="{text}", answer_from="{text}", compat="peft-corda"),
+        "--compat peft-corda counts every token: leave it out, or --label-mask",
+    ),
     "no chat template": (
         covariance(chat_column="text"),
         "the tokenizer has no chat template, which --chat-column text needs: give a --model that has one, or data with "
