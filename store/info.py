@@ -18,6 +18,7 @@ from .bases import Bases
 from .basis import BasisSet
 from .condition import fault
 from .excess import advice, excess_of, percent
+from .factors import SIZE_RANK, Size, size_rows, sizes_of
 
 
 def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
@@ -96,7 +97,16 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
         "excess": excess_of(basis),
         "unresolved": sum(r.rank > r.numerical_rank for r in records),
         "bytes": _stored_bytes(basis._group),
+        "start": _start(basis),
     }
+
+
+def _start(basis: BasisSet) -> dict[str, dict[str, float]] | None:
+    """Sizes of LoRA's A and B at the start and of their update, by kind of layer; None where that is not known."""
+    try:
+        return {kind: vars(one) for kind, one in sizes_of(basis).items()} if basis.status == "complete" else None
+    except StoreError:  # damage, which `prep verify` names
+        return None
 
 
 def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]) -> dict[str, Any]:
@@ -165,6 +175,10 @@ def table(facts: dict[str, Any]) -> list[str]:
     if len(layers) > 1:
         lines += ["", *aligned(layers)]
     lines += ["", *aligned(energies)] if bases else []
+    starts = {name: one["start"] for name, one in bases.items() if one["start"]}
+    if starts:
+        sizes = {name: {kind: Size(**said) for kind, said in one.items()} for name, one in starts.items()}
+        lines += ["", *aligned(size_rows(f"LoRA at r {SIZE_RANK}: rms of A / B / update", sizes))]
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a store may hold escape codes
 
 

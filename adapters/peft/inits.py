@@ -25,7 +25,7 @@ from ...errors import PrepError
 from ...linear import weight_matrix
 from ...precision import exact
 from ...store import Basis, BasisSet, Store
-from ...store.factors import check_split, factors
+from ...store.factors import SPLIT_OF, check_split, factors
 from .lora import require_peft
 
 INITS = {
@@ -44,7 +44,6 @@ INITS = {
 }
 KEPT = ("eva", "mica", "repair", "lora")  # inits that leave the base as it is
 UNSPLIT = ("eva", "mica", "lora")  # of which one factor is zero
-SPLIT_OF = {"astra": "A"}  # of the others, which is not even
 _METRIC_OF = {"eva": "components", "lora_null": "null"}  # inits that take bases of that metric, which no other takes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...commands import OF_INPUTS, repair_name
@@ -19,6 +21,8 @@ from ...copies import label_of
 from ...errors import PrepError, did_you_mean
 from ...linear import is_plain
 from ...store import Basis, BasisSet, Store, open_store
+from ...store.factors import size, size_rows, sizes_by_kind
+from ...store.info import aligned
 from ...store.ranks import as_pattern, choice
 from ..attach import find_layers, refuse_adapted
 from ..drift import by_hash, check_copy, check_verify, check_weight, tensors_of
@@ -46,6 +50,7 @@ def get_model(
     verify: bool | str = True,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
+    quiet: bool = False,
     **lora_config: Any,
 ) -> Any:
     """The model as a PEFT `PeftModel` whose LoRA weights start from the store; the model itself is changed, as by PEFT.
@@ -54,9 +59,10 @@ def get_model(
     budget such as "2M" or "95%" chooses a rank for each layer of a residual init, as `ranks` does.
     init: a row of INITS. basis: another basis of the store than the init's own. split: how S is shared between A and B,
     "even", "A" or "B" (see store/factors.py), by default as the init's authors do. verify: check that the basis was
-    made from this model's weights. lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the
-    layers of the basis. `save` writes what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual,
-    and PEFT refuses to load it.
+    made from this model's weights. quiet: do not print, by kind of layer, what a learning rate sees of the start: the
+    root mean squares of A, of B, and of the update of W by a step of Adam, per learning rate (see store/factors.py).
+    lora_config: the other fields of PEFT's LoraConfig; without `target_modules`, the layers of the basis. `save` writes
+    what PEFT loads; a plain `save_pretrained` of a residual init lacks the residual, and PEFT refuses to load it.
 
     PrepError or StoreError before anything is changed: unknown init, missing basis, a layer or rank that is not
     stored, a budget that cannot be met, a quantised base under a residual init, options that change what A and B mean.
@@ -80,7 +86,7 @@ def get_model(
     ranks = _targets(model, config, _layers(opened, bases))
     adapt = partial(peft.get_peft_model, model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     if bases is None:
-        return adapt()
+        return _told(adapt(), init, adapter_name, quiet)
     _check_options(config, init)
     check_stored(bases, ranks)
     if init == "lora_null":
@@ -90,7 +96,23 @@ def get_model(
         config.r, config.rank_pattern = max(ranks.values()), as_pattern(ranks)
     modules = find_layers(model, {layer: bases.layers[layer].shape for layer in ranks})
     asked = _Asked(init, split, bases, ranks, modules, config, adapter_name, verify, adapt)
-    return _of_components(opened, asked) if init == "eva" else _of_factors(asked)
+    adapted = _of_components(opened, asked) if init == "eva" else _of_factors(asked)
+    return _told(adapted, init, adapter_name, quiet)
+
+
+def _told(adapted: Any, init: str, adapter: str, quiet: bool) -> Any:
+    """The PEFT model, once a table on stderr has said how large its A, B and updates are; of several processes one."""
+    ranks = torch.distributed
+    if quiet or (ranks.is_available() and ranks.is_initialized() and ranks.get_rank() > 0):
+        return adapted
+    sizes = {}
+    for name, module in adapted.named_modules():
+        if adapter in getattr(module, "lora_A", ()):
+            pair = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            sizes[name.removeprefix("base_model.model.")] = size(*pair, module.scaling[adapter])
+    for line in aligned(size_rows("rms of A / B / update per rate", {init: sizes_by_kind(sizes)})):
+        print(line, file=sys.stderr)
+    return adapted
 
 
 @dataclass(frozen=True)

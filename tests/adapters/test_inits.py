@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import prep
 from prep.errors import PrepError
 from prep.store import open_store
+from prep.store.info import table
 
 RANK = 8
 INITS = ("lora_null", "mica", "astra")
@@ -163,6 +164,42 @@ def test_an_export_splits_as_the_method_does(home, tmp_path):
     )
     config = json.loads((tmp_path / "null" / "adapter_config.json").read_text())
     assert config["r"] == 2 * RANK
+
+
+def test_the_table_of_a_start_is_what_its_weights_say(home, capsys):
+    """Root mean squares by kind of layer; the update against signs in place of Adam's steps."""
+    model = started(home, "astra", alpha=20)
+    _, _, printed = capsys.readouterr().err.partition("rms of A / B / update per rate")
+    title, *lines = printed.splitlines()
+    assert title.strip() == "astra"
+    rows = {line.split()[0]: [float(number) for number in line.split("  ")[-1].split("/")] for line in lines}
+    found = {}
+    draw = np.random.default_rng(0)
+    for layer, (A, B, scaling, _) in pairs(model).items():
+        steps = draw.choice([-1.0, 1.0], (40, *A.shape)), draw.choice([-1.0, 1.0], (40, *B.shape))
+        change = scaling * np.mean([np.mean((B @ dA + dB @ A) ** 2) for dA, dB in zip(*steps, strict=True)]) ** 0.5
+        sizes = np.sqrt(np.mean(A**2)), np.sqrt(np.mean(B**2)), change
+        found.setdefault(layer.split(".", 3)[3], []).append(sizes)
+    assert rows.keys() == found.keys()
+    for kind, sizes in found.items():
+        np.testing.assert_allclose(rows[kind], np.median(sizes, axis=0), rtol=0.06)
+    started(home, "astra", quiet=True)
+    assert "rms" not in capsys.readouterr().err
+
+
+def test_info_says_how_bases_start(home):
+    """At rank 16, or that of the basis, with a scaling of 1: of two layers of a kind, which are all that there are."""
+    facts = prep.info(home.store)
+    model = started(home, "lora_null", quiet=True)
+    for kind, said in facts["bases"]["null"]["start"].items():
+        found = [
+            (np.sqrt(np.mean(A**2)), np.sqrt(np.mean(B**2)))
+            for layer, (A, B, _, _) in pairs(model).items()
+            if layer.endswith(kind)
+        ]
+        np.testing.assert_allclose([said["A"], said["B"]], np.median(found, axis=0), rtol=1e-5)
+        assert said["update"] == pytest.approx((RANK * (said["A"] ** 2 + said["B"] ** 2)) ** 0.5, rel=0.1)
+    assert any("rms of A / B / update" in line for line in table(facts))
 
 
 @pytest.mark.parametrize(
