@@ -422,12 +422,14 @@ def report(store: str, quiet: bool, path: str, overwrite: bool) -> None:
     _say(quiet, f"written to {run(store, path, overwrite=overwrite)}")
 
 
-@main.command(short_help="A basis or moments as files that PEFT reads.")
+@main.command(short_help="A basis or moments as files that others read.")
 @_shared
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["peft-corda", "peft-corda-covariance", "peft-eva", "peft-lora", "safetensors"]),
+    type=click.Choice(
+        ["peft-corda", "peft-corda-covariance", "peft-eva", "peft-lora", "safetensors", "imatrix", "hessian"]
+    ),
     help="What to write.",
 )
 @click.argument("path")
@@ -442,7 +444,7 @@ def report(store: str, quiet: bool, path: str, overwrite: bool) -> None:
 @click.option("--rho", type=float, default=2.0, help="Of peft-eva: how far ranks are redistributed between layers.")
 @click.option("--overwrite", is_flag=True, help="Replace the file or directory that is there.")
 def export(store: str, quiet: bool, **options: Any) -> None:
-    """Write a basis or the second moments to PATH in a form that an unmodified PEFT script reads.
+    """Write a basis or the moments to PATH in a form that an unmodified PEFT script, or a quantiser, reads.
 
     \b
     prep export --to peft-corda corda.pt --rank 32        CordaConfig(cache_file=...)
@@ -450,6 +452,8 @@ def export(store: str, quiet: bool, **options: Any) -> None:
     prep export --to peft-eva eva.pt --rank 16            initialize_lora_eva_weights(..., eva_state_dict=...)
     prep export --to peft-lora adapter/ --basis full --rank 16
     prep export --to safetensors basis.safetensors        U, S and P of every layer
+    prep export --to imatrix imatrix.gguf                 llama-quantize --imatrix ...
+    prep export --to hessian hessians/                    QuIP# and VPTQ: --hessian_path ...
     """
     from .adapters.peft.export import export as run
 

@@ -1,10 +1,11 @@
-"""`prep export`: bases and moments of a store as the files that an unmodified PEFT script reads.
+"""`prep export`: bases and moments of a store as the files that others read.
 
     peft-corda             {layer.eigens.S_WC (r,), .U_WC (d_out, r), .V_WC (d_in, r)}: CordaConfig(cache_file=...)
     peft-corda-covariance  {layer: C (d_in, d_in)}: CordaConfig(covariance_file=...)
     peft-eva               {base_model.model.layer: P (rank, d_in)}: initialize_lora_eva_weights(eva_state_dict=...)
     peft-lora              an adapter directory: PeftModel.from_pretrained(base, path, is_trainable=True)
     safetensors            layer.U (d_out, r), layer.S (r,), layer.P (r, d_in)
+    imatrix, hessian       moments for quantisers, see adapters/moments.py
 
 V_WC is P.T. The two CorDA files are `torch.save` dictionaries of float32 tensors, the only thing that PEFT takes there;
 the others are safetensors. peft-lora is for the unmodified base and starts as it: rank 2r, `A = [A0; A0]`,
@@ -24,12 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PrepError, did_you_mean
-from ...files import written
 from ...store import BasisSet, Store, open_store
-from ...store.factors import check_split, factors
-from ...store.format.schema import disk_guard
+from ...store.factors import check_split, factors, usual_split
+from ..moments import hessians, imatrix, put
 from . import eva
-from .inits import INITS, SPLIT_OF
 from .lora import check_stored, check_whole, describe, require_peft
 
 BASES = {  # form -> the basis it takes unless another one is named
@@ -38,7 +37,10 @@ BASES = {  # form -> the basis it takes unless another one is named
     "peft-eva": "eva",
     "peft-lora": "full",
     "safetensors": "full",
+    "imatrix": "",
+    "hessian": "",
 }
+_DIRECTORIES = ("peft-lora", "hessian")
 
 
 def export(
@@ -53,7 +55,7 @@ def export(
     rho: float = 2.0,
     overwrite: bool = False,
 ) -> Path:
-    """Write what `to` names (a row of BASES) to `path`: a directory for peft-lora, a file otherwise.
+    """Write what `to` names (a row of BASES) to `path`: a directory for peft-lora and hessian, a file otherwise.
 
     store: its path, URL, or the opened store. basis: its name, by default that of the form.
     rank: the r of the LoraConfig that will read it, needed for peft-corda, peft-eva and peft-lora; for safetensors all
@@ -62,20 +64,22 @@ def export(
     of EVA's redistribution of ranks, 1 for none. overwrite: replace what is at `path`.
 
     PrepError or StoreError before anything is written: unknown form, a path that is taken, a missing basis or one of
-    the wrong sort, a rank that is not stored, layers without a full second moment (peft-corda-covariance).
+    the wrong sort, a rank that is not stored, layers without a full second moment (peft-corda-covariance, hessian), or
+    without a name in llama.cpp (imatrix).
     """
     if to not in BASES:
         raise PrepError(f"nothing is called --to {to!r}: choose from {', '.join(BASES)}{did_you_mean(to, BASES)}")
     target = Path(path)
-    if target.exists() and (not overwrite or target.is_dir() != (to == "peft-lora")):
+    if target.exists() and (not overwrite or target.is_dir() != (to in _DIRECTORIES)):
         raise PrepError(f"{target} is there already: name another path, or replace a {to} with --overwrite")
     opened = store if isinstance(store, Store) else open_store(store)
     if to == "peft-corda-covariance":
         return _write(target, _covariances(opened), torch.save)
+    if to in ("imatrix", "hessian"):
+        return imatrix(opened, target) if to == "imatrix" else hessians(opened, target)
     bases = opened.bases[basis or BASES[to]]
     _check(bases, to, rank)
-    if split is None:
-        split = next((way for init, way in SPLIT_OF.items() if INITS[init] == bases.name), "even")
+    split = usual_split(bases.name) if split is None else split
     check_split(split)
     if to == "safetensors":
         return _write(target, _triples(bases, rank), _safetensors(opened, bases))
@@ -174,8 +178,4 @@ def _safetensors(store: Store, bases: BasisSet) -> Callable[[dict[str, Tensor], 
 def _write(target: Path, tensors: dict[str, Tensor], writer: Callable[[Any, Path], object]) -> Path:
     """Write beside the target and rename, so that a file is whole or not there."""
     size = sum(nbytes for nbytes in {value.data_ptr(): value.nbytes for value in tensors.values()}.values())
-    with disk_guard(target.parent, size):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with written(target) as partial:
-            writer(tensors, partial)
-    return target
+    return put(target, size, lambda partial: writer(tensors, partial))

@@ -553,7 +553,7 @@ EXPORT = {
     "a form that there is not": (
         export("onnx"),
         "nothing is called --to 'onnx': choose from peft-corda, peft-corda-covariance, peft-eva, peft-lora, "
-        "safetensors",
+        "safetensors, imatrix, hessian",
     ),
     "no rank": (export("peft-corda"), "--to peft-corda needs a --rank: the r of the LoraConfig that will read it"),
     "a rank above the stored one": (
