@@ -61,8 +61,8 @@ def _body(store: Store, facts: dict[str, Any], url: str) -> list[str]:
     lines = [
         f"# {url.removeprefix('hf://')}",
         "",
-        f"Activation statistics and whitened SVD bases of {_cell(base)}, a store of `prep`: starting points for LoRA and",
-        "other adapters, to be read layer by layer.",
+        f"Activation statistics and whitened SVD bases of {_cell(base)}, a store of `prep`: starting points for",
+        "LoRA and other adapters, to be read layer by layer.",
         "",
         "```python",
         "import prep",
@@ -90,7 +90,7 @@ def _body(store: Store, facts: dict[str, Any], url: str) -> list[str]:
 def _bases(store: Store, bases: dict[str, Any]) -> list[str]:
     """The table of bases: what `prep info` says of them, with the share of the output that they keep, and hashes."""
     head, *rows = basis_rows(bases)
-    lines = [head[:-1] + ["kept output", "hash"]]
+    lines = [[*head[:-1], "kept output", "hash"]]
     for row, name in zip(rows, bases, strict=True):
         kept = _kept(store.bases[name])
         lines.append([*row[:-1], "" if kept is None else f"{kept:.4f}", f"`{bases[name]['hash']}`"])
@@ -102,8 +102,8 @@ def _bases(store: Store, bases: dict[str, Any]) -> list[str]:
         "|---" * len(lines[0]) + "|",
         *table[1:],
         "",
-        "Kept output: the share of `E||W x||^2` that a layer's stored directions keep on the calibration text, the median "
-        "over layers; of bases by `components`, of the input's variance.",
+        "Kept output: the share of `E||W x||^2` that a layer's stored directions keep on the calibration text, the "
+        "median over layers; of bases by `components`, of the input's variance.",
     ]
 
 
@@ -122,7 +122,7 @@ def _use(facts: dict[str, Any], url: str) -> str:
 def _sources(corpus: dict[str, Any]) -> list[str]:
     """The sources of a corpus, of its mixture, or of the stores that it was pooled of."""
     parts = [part["corpus"] for part in corpus.get("parts", ())] + list(corpus.get("mixture") or ())
-    found = [source for part in parts for source in _sources(part)] or [corpus.get("source")]
+    found = [source for part in parts for source in _sources(part)] or [corpus.get("source", "")]
     return list(dict.fromkeys(source for source in found if isinstance(source, str)))
 
 

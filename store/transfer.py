@@ -159,9 +159,7 @@ def _from_hub(at: Repository) -> tuple[Store, dict[str, Layout | None]]:
     shot = Snapshot(at)
     if _ROOT not in shot.sizes:
         open_store(at.url)  # says so
-    documents = [
-        name for name in shot.sizes if name == _ROOT or (_is_file_of_store(name) and name.endswith("zarr.json"))
-    ]
+    documents = [name for name in filter(_is_file_of_store, shot.sizes) if name.endswith("zarr.json")] + [_ROOT]
     if sum(shot.sizes[name] for name in documents) > MAX_DOCUMENTS:
         raise StoreError(f"{at.url} has more than {MAX_DOCUMENTS / 1e6:.0f} MB of metadata: the store is damaged")
     folder = shot.download(dict.fromkeys(documents, MAX_DOCUMENT), "*zarr.json")

@@ -1,8 +1,8 @@
 """A stand-in of the hub: the part of its HTTP interface that huggingface_hub calls for repositories, in memory.
 
-It is no hub. It answers as the hub was seen to (requests of huggingface_hub 2.4): one repository at a time, commits that
-must name their parent, contents that are text in the commit itself and all others by git-lfs, downloads redirected to a
-second server, which stands for the delivery network and must see no token. Xet, which huggingface_hub prefers for
+It is no hub. It answers as huggingface_hub 2.4 expects it of one: a commit must have the parent that it names, contents
+that are text come in the commit itself and all others by git-lfs, downloads are redirected to a second server, which
+stands for the delivery network and must see no token. Xet, which huggingface_hub prefers for
 transfers, is not there: with `HF_HUB_DISABLE_XET` it takes git-lfs.
 """
 
@@ -43,8 +43,10 @@ def blob_id(content: bytes) -> str:
 
 
 class Hub:
-    """repos by `models/owner/name`; objects: of git-lfs; log: method, path, range of each request; refuse: may end one; rot: may
-    change what is stored."""
+    """repos by `models/owner/name`; objects: of git-lfs; log: method, path and range of each request.
+
+    refuse: gives the status of a request that is to fail; rot: may change what is stored.
+    """
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}

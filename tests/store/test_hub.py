@@ -367,7 +367,7 @@ def test_what_a_repository_keeps_beside_a_store_disturbs_nothing(made, tmp_path)
     pull(store, tmp_path / "copy")
     assert tiny.contents(tmp_path / "copy") == tiny.contents(made / "old")
     prep.attach(net(), store, core="gain", basis="full", rank=2, verify=False)
-    prep.remove("eva", store=store)
+    prep.remove(store, ["eva"])
     assert list(open_store(store).bases) == ["full"]
     (store / "notes.md").write_text("x")
     assert [finding.where for finding in verify(store).findings] == ["notes.md"]
