@@ -535,7 +535,10 @@ def pool(parts: tuple[str, ...], store: str, quiet: bool, weights: str | None, *
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
 @click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 def push(url: str, store: str, quiet: bool, **options: Any) -> None:
-    """Copy the store to URL, such as s3://bucket/prep.zarr, and verify the copy (extra prep-bases[remote])."""
+    """Copy the store to URL, such as s3://bucket/prep.zarr or hf://user/name, and verify the copy.
+
+    Needs the extra prep-bases[remote].
+    """
     from .store.transfer import push as run
 
     run(store, url, **options)
@@ -548,7 +551,10 @@ def push(url: str, store: str, quiet: bool, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace the store that is there.")
 @click.option("--break-lock", is_flag=True, help="Take a writer's lock that was left behind by another machine.")
 def pull(url: str, store: str, quiet: bool, **options: Any) -> None:
-    """Copy the store at URL to --store and verify the copy (extra prep-bases[remote])."""
+    """Copy the store at URL, such as hf://user/name@revision, to --store and verify the copy.
+
+    Needs the extra prep-bases[remote].
+    """
     from .store.transfer import pull as run
 
     run(url, store, **options)

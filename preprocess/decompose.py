@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import PrepError
 from ..store import BasisSet, Store, open_store
+from ..store.format.schema import zarr_store
 from .decomposition.estimate import Estimate, estimate
 from .decomposition.existing import not_made
 from .decomposition.job import Decomposition
@@ -98,6 +99,7 @@ def _decompose(options: DecomposeOptions, world: World) -> BasisSet | list[Basis
     if options.dry_run:
         return estimate(todo, options.quiet)
     if todo:
+        world.on_all(zarr_store, options.store, False)  # refuses a place that cannot be written to
         net, modules = world.on_all(load_layers, todo, options.quiet or world.rank > 0)
         with Decomposition(todo, net, modules, world) as job:
             for name, done in job.layers():

@@ -159,7 +159,7 @@ def create_store(location: str | Path, attrs: dict[str, Any]) -> Store:
         check_replaceable(location)
         where = place(location)
         remove(where)
-    elif schema.fetch(schema.zarr_store(location, True), "zarr.json", 1) is not None:
+    elif schema.fetch(schema.zarr_store(location, False), "zarr.json", 1) is not None:
         raise StoreError(f"{location} holds something already: name another --store, or make it on a disk and push it")
     own = {"format": schema.FORMAT, "format_version": schema.FORMAT_VERSION, "bases": []}
     return Store(str(location), schema.open_group(where, "w-", own | attrs))

@@ -24,7 +24,7 @@ from .bases import Bases
 from .basis import SHARES, BasisSet, LayerRecord, group_key
 from .format import schema
 from .format.documents import Layout, document
-from .manifest import basis_entries, files, site_entries
+from .manifest import basis_entries, files, is_beside, site_entries
 from .moments import LayerMoment
 from .site import HALF, VECTORS
 
@@ -294,5 +294,6 @@ def _strays(store: Store, report: Report) -> None:
             file.is_file()
             and (name := file.relative_to(root).as_posix()) not in expected
             and not name.startswith(unknown)
+            and not is_beside(name)
         ):
             report.add(name, "does not belong to the store: an interrupted or foreign writer left it; remove it")

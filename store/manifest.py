@@ -10,6 +10,15 @@ from .format.documents import Layout
 from .moments import LayerMoment
 from .site import HALF
 
+CARD = "README.md"  # what `prep push` writes beside a store on the hub
+# what repositories, copies of them and caches keep beside a store, and is none of it
+_BESIDE = (CARD, ".gitattributes", ".gitignore", ".git/", ".cache/huggingface/")
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file of that name in a store's directory belongs to a repository and not to the store."""
+    return any(name == other or (other.endswith("/") and name.startswith(other)) for other in _BESIDE)
+
 
 def manifest(store: Store) -> dict[str, Layout | None]:
     """Path -> layout of every array, None for a group; the root is "". StoreError where attributes are damaged.

@@ -2,34 +2,42 @@
 
 At a path the copy is built beside what is there and put in place when it is whole. At a URL, which knows no renames,
 the old root's zarr.json goes first and the new one last, so that a copy that was cut short is no store. Files are asked
-for by name.
+for by name. To and from the hub a copy goes as hub.py says, in few commits and through its cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from zarr.abc.store import Store as ZarrStore
+from zarr.storage import LocalStore
 
 from ..errors import StoreError
 from .artifact import Store, create_store, open_store
 from .format import schema
 from .format.documents import MAX_DOCUMENT, Layout
 from .format.files import at_once, fetch, fetch_async
+from .format.hub import Repository, repository
 from .format.zarr_core import sync, to_buffer
+from .hub import Snapshot, target, upload, withdraw
 from .integrity import verify_store
 from .lock import writer_lock
-from .manifest import files, manifest
+from .manifest import CARD, files, manifest
 from .staging import check_replaceable, occupied, overlap, replacement
 
+MAX_DOCUMENTS = 400_000_000  # bytes of all zarr.json of a store on the hub
 _ROOT = "zarr.json"
 
 
 def push(store: str | Path, url: str, *, overwrite: bool = False, break_lock: bool = False) -> Store:
     """Copy a store to `url` (any fsspec file system that can be written to) and read it back to verify it.
+
+    `hf://owner/name` is a repository of the hub, made as a private one where there is none. The store goes there in few
+    commits with a card, README.md; what an interrupted push has sent is not sent again.
 
     The source is verified before anything is touched. overwrite: replace a store at `url`. break_lock: take a writer's
     lock that another machine has left behind, where `url` is a path.
@@ -42,23 +50,26 @@ def push(store: str | Path, url: str, *, overwrite: bool = False, break_lock: bo
     if not schema.is_url(url):
         return _to_path(source, entries, url, "URL", overwrite, break_lock)
     verified(store, str(store))
-    target = schema.zarr_store(url, read_only=False)
-    if fetch(target, _ROOT, 1) is not None:
+    at = repository(url)
+    if at is not None:
+        return _to_hub(source, entries, at, overwrite)
+    there = schema.zarr_store(url, read_only=False)
+    if fetch(there, _ROOT, 1) is not None:
         if not overwrite:
             raise StoreError(f"{url} holds something already: name another URL, or replace it with --overwrite")
         open_store(url)  # refuses to remove what is not a store
         with _writing(url):
-            if _shows(source.root.store, target):
+            if _shows(source.root.store, there):
                 raise StoreError(f"{url} is the store that is to be copied: name another URL")
-            sync(target.delete(_ROOT))
-            sync(target.clear())
+            sync(there.delete(_ROOT))
+            sync(there.clear())
     try:
         with _writing(url):
-            _copy(source, target, entries)
+            _copy(source, there, entries)
         return verified(url, "the copy")
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            sync(target.delete(_ROOT))
+            sync(there.delete(_ROOT))
         raise
 
 
@@ -67,12 +78,19 @@ def pull(
 ) -> Store:
     """Copy the store at `url` to the path `store` and verify it; it appears there whole or not at all.
 
+    `hf://owner/name[@revision]` comes through the hub's cache, where it stays: what an interrupted pull has fetched is
+    not fetched again.
+
     overwrite: replace the store at `store`. break_lock: take a writer's lock that another machine has left behind.
 
     Raises StoreError where the source is damaged or not complete, the disk full, or `store` exists and not `overwrite`.
     """
     if schema.is_url(store):
         raise StoreError(f"--store {store} is a URL: pull into a path, and copy that with `prep push`")
+    at = repository(url)
+    if at is not None:
+        _check_free(store, "--store", overwrite)  # before anything is fetched
+        return _to_path(*_from_hub(at), store, "--store", overwrite, break_lock)
     return _to_path(*_source(url, store), store, "--store", overwrite, break_lock)
 
 
@@ -92,6 +110,69 @@ def _source(location: str | Path, target: str | Path) -> tuple[Store, dict[str, 
         raise StoreError(f"{target} and {location} are one place, or one lies in the other: name another target")
     source = open_store(location)
     return source, manifest(source)
+
+
+def _to_hub(source: Store, entries: dict[str, Layout | None], at: Repository, overwrite: bool) -> Store:
+    """Copy a store to a repository. What else is in it, and metadata of its card that is not prep's, stays."""
+    from .card import card, is_ours
+
+    with _writing(at.url):
+        to = target(at)
+    if to.occupied:
+        if not overwrite:
+            raise StoreError(f"{at.url} holds something already: name another URL, or replace it with --overwrite")
+        open_store(at.url)  # refuses to remove what is not a store
+    if not (overwrite or is_ours(to.card)):
+        raise StoreError(f"{at.url} has a {CARD} of its own: name another URL, or replace it with --overwrite")
+    keys = list(files(entries))
+    gone = frozenset(filter(_is_file_of_store, to.names - set(keys))) if overwrite else frozenset[str]()
+    with _at_path(source, entries) as folder:
+        root = fetch(schema.zarr_store(folder, True), _ROOT, MAX_DOCUMENT + 1) or b""
+        last = {CARD: card(source, at.url, to.card).encode(), _ROOT: root}
+        with _writing(at.url):
+            upload(to, {key: folder / key for key in keys if key != _ROOT}, last, gone)
+    try:
+        return verified(at.url, "the copy")
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            withdraw(at)
+        raise
+
+
+def _is_file_of_store(name: str) -> bool:
+    return name.startswith(("moments/", "bases/")) and (name.endswith("/zarr.json") or "/c/" in name)
+
+
+@contextlib.contextmanager
+def _at_path(source: Store, entries: dict[str, Layout | None]) -> Iterator[Path]:
+    """Where the files of a store are on a disk: their own place, or that of a copy which is removed afterwards."""
+    if isinstance(source.root.store, LocalStore):
+        yield source.root.store.root
+        return
+    with tempfile.TemporaryDirectory() as folder, schema.disk_guard(folder, _bytes(entries)):
+        _copy(source, schema.zarr_store(folder, read_only=False), entries)
+        yield Path(folder)
+
+
+def _from_hub(at: Repository) -> tuple[Store, dict[str, Layout | None]]:
+    """The store of a repository in the hub's cache, and what it consists of; no more than that is fetched."""
+    shot = Snapshot(at)
+    if _ROOT not in shot.sizes:
+        open_store(at.url)  # says so
+    documents = [name for name in filter(_is_file_of_store, shot.sizes) if name.endswith("zarr.json")] + [_ROOT]
+    if sum(shot.sizes[name] for name in documents) > MAX_DOCUMENTS:
+        raise StoreError(f"{at.url} has more than {MAX_DOCUMENTS / 1e6:.0f} MB of metadata: the store is damaged")
+    folder = shot.download(dict.fromkeys(documents, MAX_DOCUMENT), "*zarr.json")
+    entries = manifest(open_store(folder))
+    return open_store(shot.download(_limits(entries))), entries
+
+
+def _limits(entries: dict[str, Layout | None]) -> dict[str, int]:
+    """The most bytes that every file of a store may have, by key."""
+    sizes = {path: max(map(layout.chunk_bytes, layout.dtypes)) for path, layout in entries.items() if layout}
+    return {
+        key: MAX_DOCUMENT if key.endswith("zarr.json") else sizes[key.rpartition("/c/")[0]] for key in files(entries)
+    }
 
 
 def _to_path(
@@ -117,22 +198,20 @@ def _check_free(location: str | Path, what: str, overwrite: bool) -> None:
         check_replaceable(location)
 
 
-def _copy(source: Store, target: ZarrStore, entries: dict[str, Layout | None]) -> None:
+def _copy(source: Store, place: ZarrStore, entries: dict[str, Layout | None]) -> None:
     """All files of a store, the root's metadata, as it was before the others were read, after all of them."""
-    sizes = {path: max(map(layout.chunk_bytes, layout.dtypes)) for path, layout in entries.items() if layout}
-    files_of = source.root.store
+    files_of, limits = source.root.store, _limits(entries)
     root = fetch(files_of, _ROOT, MAX_DOCUMENT + 1)
 
     async def put(key: str, raw: bytes | None) -> None:
         if raw is None:
             raise StoreError(f"{source.location}/{key} is missing: restore the store from a copy")
-        await target.set(key, to_buffer(raw))
+        await place.set(key, to_buffer(raw))
 
     async def one(key: str) -> None:
-        array, mark, _ = key.rpartition("/c/")
-        await put(key, await fetch_async(files_of, key, sizes[array] + 1 if mark else MAX_DOCUMENT + 1))
+        await put(key, await fetch_async(files_of, key, limits[key] + 1))
 
-    at_once(one, [key for key in files(entries) if key != _ROOT])
+    at_once(one, [key for key in limits if key != _ROOT])
     sync(put(_ROOT, root))
 
 

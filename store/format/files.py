@@ -32,6 +32,8 @@ def shown(store: ZarrStore, path: str = "") -> str:
     other: Any = store
     if isinstance(store, LocalStore):
         root = str(store.root)
+    elif hasattr(store, "address"):
+        root = str(other.address)
     else:
         root = str(other.fs.unstrip_protocol(other.path)) if hasattr(other, "fs") else str(store)
     return f"{root}/{path}" if path else root
@@ -50,7 +52,7 @@ def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | Non
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise _unreadable(store, key, error) from error
+        raise unreadable(store, key, error) from error
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -65,7 +67,7 @@ async def fetch_async(store: ZarrStore, key: str, limit: int, start: int = 0) ->
     try:
         return await get(store, key, start, start + limit)
     except Exception as error:  # each file system has its own kinds
-        raise _unreadable(store, key, error) from error
+        raise unreadable(store, key, error) from error
 
 
 def fetch_each(store: ZarrStore, limits: Mapping[str, int], use: Callable[[str, bytes | None], None]) -> None:
@@ -139,6 +141,7 @@ def _put_local(path: str, content: bytes) -> None:
         raise
 
 
-def _unreadable(store: ZarrStore, key: str, error: Exception) -> StoreError:
+def unreadable(store: ZarrStore, key: str, error: Exception) -> StoreError:
+    """What is said of a file that is there, as far as can be told, and was not read."""
     said = (str(error).splitlines() or [type(error).__name__])[0]
     return StoreError(f"{shown(store, key)} cannot be read ({said}): check path, permission and connection")

@@ -2,7 +2,8 @@
 
 Every wait has a limit. From a web server no more than the requested bytes is taken, whatever it sends, and
 `PIECE` of them must come within `PREP_TIMEOUT` seconds (30); of other file systems a request for `PART` bytes may take
-twice as long, one for more in proportion.
+twice as long, one for more in proportion. What may pass (no answer, a connection that broke, a server that is busy) is
+tried `PREP_RETRIES` times more (2).
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from .zarr_core import prototype
 PIECE = 2**18
 PART = 2**20
 TIMEOUT = 30.0
+RETRIES = 2
+PAUSE = 0.25  # seconds before the first retry, twice as many before the next one
+_BUSY = (408, 425, 429, 500, 502, 503, 504)  # status of an answer that may be another one later
+_BROKEN = {"ClientConnectionError", "ClientPayloadError"}  # of aiohttp, whose kinds are no others' of the system
 
 
-def url_store(url: str, read_only: bool = True) -> ZarrStore:
+def url_store(url: str, read_only: bool = True, storage_options: dict[str, Any] | None = None) -> ZarrStore:
     """The files below `url`. StoreError where fsspec or the file system's own package is missing, or it is unknown."""
     from zarr.storage import FsspecStore
 
     try:
-        return FsspecStore.from_url(url.rstrip("/"), read_only=read_only)
+        return FsspecStore.from_url(url.rstrip("/"), storage_options, read_only)
     except ImportError as error:
         raise StoreError(f'{url} needs another package ({error}): pip install "prep-bases[remote]"') from error
     except (ValueError, OSError) as error:
@@ -37,13 +42,46 @@ def url_store(url: str, read_only: bool = True) -> ZarrStore:
 
 async def get(store: Any, key: str, start: int, end: int) -> bytes | None:
     """Bytes start to end of a file of an fsspec store, fewer where it ends before, None where there is none."""
-    seconds = _seconds()
+    seconds, retries = timeout(), int(_setting("PREP_RETRIES", RETRIES))
+    web = "http" in store.fs.protocol and hasattr(store.fs, "set_session")
+    tried = 0
+    while True:
+        try:
+            if web:
+                return await _from_web(store.fs, f"{store.path}/{key}", start, end, seconds)
+            return await _in_parts(store, key, start, end, seconds)
+        except Exception as error:  # each file system has its own kinds
+            tried += 1
+            if not _may_pass(error):
+                raise
+            if tried > retries:
+                raise ConnectionError(_said(error, seconds, tried)) from error
+            await asyncio.sleep(min(max(PAUSE * 2 ** (tried - 1), _asked_for(error)), seconds))
+
+
+def _may_pass(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    if status is not None:
+        return status in _BUSY
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, (TimeoutError, ConnectionError)) or bool(kinds & _BROKEN)
+
+
+def _said(error: Exception, seconds: float, tried: int) -> str:
+    times = f", tried {tried} times" if tried > 1 else ""
+    if isinstance(error, TimeoutError):
+        return f"no answer in time{times}; PREP_TIMEOUT sets more than {seconds:g} seconds"
+    if type(error).__name__ == "ClientPayloadError":
+        return f"the answer broke off before its end{times}"
+    return f"{(str(error).splitlines() or [type(error).__name__])[0]}{times}"
+
+
+def _asked_for(error: Exception) -> float:
+    """The seconds that a busy server asks to wait; 0 where it asks for none."""
     try:
-        if "http" in store.fs.protocol and hasattr(store.fs, "set_session"):
-            return await _from_web(store.fs, f"{store.path}/{key}", start, end, seconds)
-        return await _in_parts(store, key, start, end, seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no answer in time; PREP_TIMEOUT sets more than {seconds:g} seconds") from None
+        return max(0.0, float((getattr(error, "headers", None) or {}).get("Retry-After", 0)))
+    except ValueError:  # a date
+        return 0.0
 
 
 async def _in_parts(store: Any, key: str, start: int, end: int, seconds: float) -> bytes | None:
@@ -76,6 +114,8 @@ async def _from_web(fs: Any, url: str, start: int, end: int, seconds: float) -> 
         if response.status in (404, 416):  # none, or one that ends before `start`
             return None if response.status == 404 else b""
         response.raise_for_status()
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise OSError("the server sent another part than was asked for")
         position, pieces = start if response.status == 206 else 0, []
         async for piece in _pieces(response.content, end - position, seconds):
             pieces.append(piece[max(start - position, 0) :])
@@ -96,12 +136,21 @@ async def _pieces(content: Any, size: int, seconds: float) -> AsyncIterator[byte
         yield bytes(piece)
 
 
-def _seconds() -> float:
-    given = os.environ.get("PREP_TIMEOUT", "")
+def timeout() -> float:
+    """The seconds that a read may go without an answer. ValueError where PREP_TIMEOUT is no such number."""
+    return _setting("PREP_TIMEOUT", TIMEOUT)
+
+
+def _setting(name: str, default: float) -> float:
+    """A number of seconds, or of retries, from the environment."""
+    given = os.environ.get(name, "")
     try:
-        seconds = float(given or TIMEOUT)
+        number = float(given or default)
     except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"PREP_TIMEOUT={given} is no number of seconds")
-    return seconds
+        number = -1
+    if name == "PREP_RETRIES":
+        if not (0 <= number <= 100 and number == int(number)):
+            raise ValueError(f"{name}={given} is no number of retries up to 100")
+    elif not 0 < number < float("inf"):
+        raise ValueError(f"{name}={given} is no number of seconds")
+    return number

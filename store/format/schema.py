@@ -136,9 +136,11 @@ def zarr_store(location: str | Path, read_only: bool) -> ZarrStore:
     """The files at a path or fsspec URL. StoreError where the URL's file system is not installed or not known."""
     if not is_url(location):
         return LocalStore(local_path(location), read_only=read_only)
+    from .hub import hub_store, repository
     from .remote import url_store
 
-    return url_store(str(location), read_only)
+    at = repository(location)
+    return url_store(str(location), read_only) if at is None else hub_store(at, read_only)
 
 
 def is_url(location: str | Path) -> bool:

@@ -18,7 +18,7 @@ import prep
 from prep import StoreError
 from prep.preprocess.verify import verify
 from prep.store import open_store
-from prep.store.format import schema
+from prep.store.format import remote, schema
 from prep.store.pool import pool
 from prep.store.transfer import pull, push
 
@@ -346,20 +346,54 @@ class Harm(http.server.BaseHTTPRequestHandler):
     def longer(self, content):
         self.endless(content, 2**40)
 
+    def shorter(self, content):
+        self.answer(content[: len(content) // 2], len(content))
+        self.close_connection = True
+
+    def truncated(self, content):
+        self.answer(content[: len(content) // 2], len(content) // 2)
+
+    def elsewhere(self, content):
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes 7-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - 7))
+        self.end_headers()
+        self.wfile.write(content[7:])
+
+    def noise(self, content):
+        self.wfile.write(content)
+
+    def gone(self, _):
+        self.connection.close()
+
+    def busy(self, _):
+        self.send_response(503)
+        self.send_header("Retry-After", "0.01")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def busy_twice(self, content):
+        with self.server.lock:
+            self.server.asked[self.path] = asked = self.server.asked.get(self.path, 0) + 1
+        self.busy(content) if asked < 3 else self.answer(content, len(content))
+
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
 def harmful(made, monkeypatch):
-    """A function that starts a harmful server and gives its URL; readers wait a second for an answer."""
-    monkeypatch.setenv("PREP_TIMEOUT", "1")
+    """A function that starts a harmful server and gives its URL; readers wait a while for an answer, twice."""
+    monkeypatch.setenv("PREP_TIMEOUT", "0.5")
+    monkeypatch.setenv("PREP_RETRIES", "1")
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     servers = []
 
     def start(how, at):
         handler = type("Handler", (Harm,), {"root": made.path, "how": how, "at": at})
         server = Server(("127.0.0.1", 0), handler)
         server.daemon_threads, server.over = True, threading.Event()
+        server.lock, server.asked = threading.Lock(), {}
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}/prep.zarr", handler
@@ -385,10 +419,41 @@ def harmful(made, monkeypatch):
 def test_a_server_that_stalls_ends_an_attach(made, harmful, how, at):
     url, _ = harmful(how, at)
     model = tiny.llama()
-    with bounded(30), pytest.raises(StoreError, match=r"cannot be read \(no answer in time; PREP_TIMEOUT") as caught:
+    with (
+        bounded(30),
+        pytest.raises(StoreError, match=r"cannot be read \(no answer in time, tried 2 times; PREP_T") as caught,
+    ):
         prep.attach(model, url, rank=RANK)
     assert len(str(caught.value).splitlines()) == 1
     assert not any("core" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("shorter", r"cannot be read \(the answer broke off before its end, tried 2 times\)"),
+        ("truncated", r"does not hold .* bytes: restore the store from a copy"),
+        ("elsewhere", r"cannot be read \(the server sent another part than was asked for\)"),
+        ("noise", r"cannot be read \("),
+        ("gone", r"cannot be read \(.*, tried 2 times\)"),
+        ("busy", r"cannot be read \(503.*, tried 2 times\)"),
+    ],
+)
+def test_a_server_that_lies_or_fails_ends_in_one_line(made, harmful, how, said):
+    url, _ = harmful(how, "P/c/0/0/0")
+    with bounded(30), pytest.raises(StoreError, match=f"P.*{said}") as caught:
+        prep.attach(tiny.llama(), url, rank=RANK)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_passes_is_tried_again(made, harmful, monkeypatch):
+    monkeypatch.setenv("PREP_RETRIES", "2")
+    url, _ = harmful("busy_twice", "full/")
+    assert open_store(url).bases["full"].hash == open_store(made.store).bases["full"].hash
+    monkeypatch.setenv("PREP_RETRIES", "1")
+    url, _ = harmful("busy_twice", "full/")
+    with pytest.raises(StoreError, match=r"503.*, tried 2 times"):
+        _ = open_store(url).bases["full"]
 
 
 def test_an_s3_server_that_stalls_ends_an_attach(made, harmful, s3, monkeypatch):
@@ -397,7 +462,7 @@ def test_an_s3_server_that_stalls_ends_an_attach(made, harmful, s3, monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", harmful("silent", "")[0].removesuffix("/prep.zarr"))
     s3fs.S3FileSystem.clear_instance_cache()  # one that has met the other server would go there
     try:
-        with bounded(30), pytest.raises(StoreError, match=r"cannot be read \(no answer in time; PREP_TIMEOUT"):
+        with bounded(30), pytest.raises(StoreError, match=r"cannot be read \(no answer in time, tried 2 times; PREP_T"):
             prep.attach(tiny.llama(), s3.url, rank=RANK)
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
@@ -430,6 +495,11 @@ def test_a_limit_that_is_none(made, web, monkeypatch):
     for value in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("PREP_TIMEOUT", value)
         with pytest.raises(StoreError, match=f"PREP_TIMEOUT={value} is no number of seconds"):
+            open_store(web.url)
+    monkeypatch.delenv("PREP_TIMEOUT")
+    for value in ("some", "-1", "1.5", "101", "nan"):
+        monkeypatch.setenv("PREP_RETRIES", value)
+        with pytest.raises(StoreError, match=f"PREP_RETRIES={value} is no number of retries up to 100"):
             open_store(web.url)
 
 
