@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from ...errors import Interrupted
+from ...errors import Interrupted, PrepError
 from ...store import Store, open_store
 from ...store.staging import beside, occupied
 from ..corpus.source import Source, Text
@@ -59,11 +59,10 @@ class BlockByBlock(Calibration):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        suppressed = super().__exit__(kind, error, trace)
-        if not isinstance(error, Interrupted):
-            with contextlib.suppress(OSError):
+        if error is not None and not isinstance(error, Interrupted):
+            with contextlib.suppress(OSError, PrepError):  # the first error is the one to tell
                 remove(folder_of(self._options.store))
-        return suppressed
+        return super().__exit__(kind, error, trace)
 
     def parts(self) -> Iterator[Part]:
         """The passes that are left, each with its block in memory."""
@@ -111,7 +110,7 @@ class BlockByBlock(Calibration):
             self._stack.given = mapped(self._scratch.get(block - 1, batch), lambda x: x.to(device))
 
     def _prepare(self, block: int) -> None:
-        """Make what all blocks up to this one give where it is not there: after a resume, or where they have no sites."""
+        """Make what all blocks up to this one give where it is not there: after a resume, or of those without sites."""
         there = block
         while there >= 0 and not self._has_all(there):
             there -= 1
@@ -147,10 +146,13 @@ class BlockByBlock(Calibration):
         """The finished store; the hash of all weights is known now."""
         if not self._complete:
             known = self._network.weights
-            known.update({k: v for k, v in stored_weights(open_store(self._path), self._done).items() if k not in known})
-            idle = {name: layer for name, layer in self._network.layers.items() if name not in known}
-            members = {member for site in self._network.sites for member in site.members}
-            known.update({name: weight_record(name, layer) for name, layer in idle.items() if name in members})
+            for name, record in stored_weights(open_store(self._path), self._done).items():
+                known.setdefault(name, record)
+            for name in (name for site in self._network.sites for name in site.members):
+                if name not in known:  # an expert that no token reached, of a block that was done before a resume
+                    known[name] = weight_record(name, self._network.layers[name])
+            with contextlib.suppress(OSError, PrepError):
+                remove(folder_of(self._options.store))
             self._run = self._run.loaded(self._network)
         return super().store()
 

@@ -101,7 +101,7 @@ def _filled(
                 f"raise it, or take --moment auto or diagonal{fewer}"
             )
         place = places[site.name]
-        other_block = bool(blocks and passes) and blocks[site.name] != blocks[passes[-1][-1].name]
+        other_block = blocks and passes and blocks[site.name] != blocks[passes[-1][-1].name]
         if not passes or other_block or used[place] + size > budget:
             passes.append([])
             used.clear()

@@ -68,7 +68,7 @@ class Run:
         return cls(known, source.about, chosen | source.options, files, options.revision, begins)
 
     def loaded(self, network: Network) -> Run:
-        """The run with the loaded model's class, dtype, revision and a hash of its weights, if all of them are known."""
+        """The run with the loaded model's class, dtype, revision and a hash of its weights, if all are known."""
         described = loading.describe(network.module, self.model["id"], self.model["revision"])
         layers = sorted(layer for site in network.sites for layer in site.members)
         known = network.weights

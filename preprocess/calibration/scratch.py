@@ -32,7 +32,7 @@ def folder_of(store: str | Path) -> Path:
 
 
 class Scratch:
-    """Outputs by block and batch, on the host. folder: None keeps them in memory, where a block's replace the last one's.
+    """Outputs by block and batch, on the host. folder: None keeps them in memory, those of one block.
 
     of: whose they are; files of anything else are removed. PrepError where something else is in the folder's place.
     """
@@ -42,7 +42,7 @@ class Scratch:
         if folder is None:
             return
         said = json.dumps(of, sort_keys=True)
-        if folder.exists() and not (folder / _RUN).exists() or _read(folder / _RUN) != said:
+        if _read(folder / _RUN) != said:
             remove(folder)
             folder.mkdir()
             _whole(folder / _RUN, lambda part: part.write_text(said))

@@ -169,7 +169,7 @@ def _read(checkpoint: Checkpoint, prefix: str, key: str, part: int | None) -> Te
 def materialise(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Read the parameters and buffers that these modules of a model of `open_model` hold themselves."""
     for module in modules:
-        for key, weight in list(module.named_parameters(recurse=False)):
+        for key in [key for key, _ in module.named_parameters(recurse=False)]:
             module._parameters[key] = nn.Parameter(parameter(module, key).to(device), requires_grad=False)
         for key in [key for key, _ in module.named_buffers(recurse=False)]:
             module._buffers[key] = parameter(module, key).to(device)

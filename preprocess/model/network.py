@@ -47,7 +47,8 @@ class Network:
 def observe(module: nn.Module, source: Source, options: CovarianceOptions, weighed: bool = True) -> Network:
     """The layers that the options choose, and their sites as one short forward pass shows them.
 
-    weighed: False leaves the weights unread. PrepError where nothing is left to calibrate, or the text does not fit the model.
+    weighed: False leaves the weights unread. PrepError where nothing is left to calibrate, or the text does not fit the
+    model.
     """
     if isinstance(source, Text):
         check_fits(module, source.corpus)
@@ -67,9 +68,7 @@ def observe(module: nn.Module, source: Source, options: CovarianceOptions, weigh
     return Network(module, layers, tuple(sites), kinds, weights, forward, skipped)
 
 
-def observe_blocks(
-    net: nn.Module, source: Source, options: CovarianceOptions, device: torch.device = CPU
-) -> Network:
+def observe_blocks(net: nn.Module, source: Source, options: CovarianceOptions, device: torch.device = CPU) -> Network:
     """The network of a model of `open_model`, to be run block by block on `device`; nothing of its weights is read.
 
     PrepError for a family that cannot be run so.
@@ -85,6 +84,9 @@ def observe_blocks(
             raise refused(net, f"does not always call {missed}", "--exclude that layer, or ")
         with evaluating(net):
             checked(stack, network.forward, source.example())
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        what = f"does not run with stand-ins for its weights ({' '.join(str(error).split())[:80]})"
+        raise refused(net, what) from error
     finally:
         free(net.modules())
     return replace(network, forward=stack.forward(network.forward), stack=stack, blocks=blocks)
