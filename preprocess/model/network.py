@@ -17,6 +17,7 @@ from ..corpus.text import Corpus
 from ..numerics.accumulators import moment_kind
 from ..options import CovarianceOptions
 from .checkpoint import free, pretend
+from .experts import eager, expert_layers
 from .forward import Forward, counts_own_positions, evaluating
 from .sites import NOT_CALLED, Site, encoder_of, find_sites, other_weights, target_layers
 from .stack import Stack, checked, refused, stack_of
@@ -75,20 +76,25 @@ def observe_blocks(net: nn.Module, source: Source, options: CovarianceOptions, d
     """
     pretend(net, device)
     try:
-        network = observe(net, source, options, weighed=False)
-        stack, blocks = stack_of(net, network.sites, device)
-        inside = tuple(f"{name}." for name in stack.names)
-        idle = [layer for layer, reason in network.skipped.items() if reason == NOT_CALLED]
-        missed = next((layer for layer in idle if layer.startswith(inside)), None)
-        if missed is not None:  # other weights might call it
-            raise refused(net, f"does not always call {missed}", "--exclude that layer, or ")
-        with evaluating(net):
-            checked(stack, network.forward, source.example())
+        with eager(expert_layers(net).values()):  # other products refuse such weights
+            return _observed_blocks(net, source, options, device)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         what = f"does not run with stand-ins for its weights ({' '.join(str(error).split())[:80]})"
         raise refused(net, what) from error
     finally:
         free(net.modules())
+
+
+def _observed_blocks(net: nn.Module, source: Source, options: CovarianceOptions, device: torch.device) -> Network:
+    network = observe(net, source, options, weighed=False)
+    stack, blocks = stack_of(net, network.sites, device)
+    inside = tuple(f"{name}." for name in stack.names)
+    idle = [layer for layer, reason in network.skipped.items() if reason == NOT_CALLED]
+    missed = next((layer for layer in idle if layer.startswith(inside)), None)
+    if missed is not None:  # other weights might call it
+        raise refused(net, f"does not always call {missed}", "--exclude that layer, or ")
+    with evaluating(net):
+        checked(stack, network.forward, source.example())
     return replace(network, forward=stack.forward(network.forward), stack=stack, blocks=blocks)
 
 

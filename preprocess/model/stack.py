@@ -175,10 +175,9 @@ def checked(stack: Stack, forward: Forward, example: Inputs) -> None:
         stack.outside = tuple(used)
         stack.hidden = max(sum(x.nbytes for x in _tensors(made)) for *_, made in calls)
         forward(example)
-        before: Output = None
         try:
-            for number, given, made in calls:
-                stack.at, stack.given = number, before
+            for number, given, made in reversed(calls):  # so that no block has seen it since, as in a calibration
+                stack.at, stack.given = number, calls[number - 1][2] if number else None
                 try:
                     with stack.recorded() as again:
                         run(other)
@@ -188,7 +187,6 @@ def checked(stack: Stack, forward: Forward, example: Inputs) -> None:
                     same = False
                 if not same:
                     raise refused(net, f"hands more to {stack.names[number]} than the block before gives")
-                before = made
         finally:
             stack.at, stack.given, stack.made = -1, None, None
 
@@ -247,10 +245,14 @@ def _block(layer: str) -> str:
 
 
 def _turned(example: Inputs) -> Inputs:
-    """An example with its tokens in the other order; what is no text as it is."""
-    if isinstance(example, Mapping) and "input_ids" in example:
-        return {**example, "input_ids": example["input_ids"].flip(-1)}
-    return example
+    """An example with its tokens or numbers in the other order."""
+    if isinstance(example, Mapping):
+        return {name: _turned(x) if name == "input_ids" or _is_real(x) else x for name, x in example.items()}
+    return example.flip(-1) if isinstance(example, Tensor) else example
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _tensors(value: Any) -> list[Tensor]:
