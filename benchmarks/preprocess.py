@@ -221,11 +221,14 @@ def main() -> None:
     parser.add_argument("--layers", help="blocks, such as 0-3: a shorter run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="leave out the child processes")
+    parser.add_argument("--passes", action="store_true", help="only the forward and our passes over it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options)
     stages = bench.stages()
+    if options.passes:
+        stages = {name: stage for name, stage in stages.items() if name.startswith(("forward", "prep"))}
     if options.stage:
         for needed in NEEDS.get(options.stage, []):
             stages[needed]()
@@ -240,7 +243,8 @@ def main() -> None:
         for name, stage in stages.items():
             samples[name].append(timed(stage))
             print(f"round {number + 1}: {name}: {samples[name][-1].seconds:.1f} s", file=sys.stderr, flush=True)
-    bench.check()
+    if not options.passes:
+        bench.check()
     seconds = {name: statistics.median(kept(found)) for name, found in samples.items()}
     dropped = {name: sum(sample.other > LIMIT for sample in found) for name, found in samples.items()}
     memory = {name: 0 if options.no_memory else child_peak(name) for name in stages}

@@ -44,7 +44,7 @@ from runs import (
 
 import prep
 
-INITS = ["lora", "dora", *(init for init in prep.peft.INITS if init != "lora")]
+INITS = ["lora", "dora", *(init for init in prep.peft.INITS if init not in ("lora", "repair"))]
 USUAL = {"lora": 2e-3, "dora": 2e-3, "eva": 2e-3, "milora": 2e-3, "corda_kpm": 2e-3, "gain": 2e-2, "rotation": 5e-3}
 USUAL |= {"ablation": 1e-2}  # where a method's learning rates begin; all others:
 OTHERWISE = 1e-3

@@ -28,9 +28,10 @@ class BasisFacts:
     """One complete basis.
 
     ranks: 1, 2, 4 ... and the largest stored one. kept: layer -> share of E||W x||^2 (r,) that its first 1 .. r
-    directions keep (of the input variance for EVA), of the layers of which the store knows it. spectra: layer -> (place
-    from 1, S_i / S_1) at up to POINTS of its values, evenly spread on a logarithmic axis. excess: rank -> median
-    relative excess, of the layers whose records have it. budgets: those of the ranks, where they can be told.
+    directions keep (of the input variance for EVA, of E||(W - Q) x||^2 for a repair), of the layers of which the store
+    knows it. spectra: layer -> (place from 1, S_i / S_1) at up to POINTS of its values, evenly spread on a logarithmic
+    axis. excess: rank -> median relative excess, of the layers whose records have it. budgets: those of the ranks,
+    where they can be told.
     """
 
     basis: BasisSet
@@ -42,7 +43,10 @@ class BasisFacts:
 
     @property
     def name(self) -> str:
-        """Its name, which says where something else is kept than output: EVA's basis is one of the input."""
+        """Its name, which says where something else is kept than output: EVA's basis is one of the input, a repair one
+        of the error W - Q of a quantised copy."""
+        if self.basis.repair is not None:
+            return f"{self.basis.name}, of the error"
         return self.basis.name + (", of the input" if self.basis.method["metric"] == "components" else "")
 
 

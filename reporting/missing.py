@@ -59,6 +59,9 @@ def no_excess(facts: Facts) -> Why:
     if plain or any(basis.excess for basis in facts.bases.values()):
         why = "More tokens would gain nothing: the bases do not depend on them, or lose nothing that they need not."
         return why, f"prep decompose{store_option(facts.store.location)}"
+    if all(method.get("pooling") == "mean_abs" for method in methods):
+        why = "Directions chosen by the mean |P x| of a sample are not compared between the halves, which keep none."
+        return why, f"prep decompose{store_option(facts.store.location)}"
     return "The bases were not compared between the halves of the tokens.", _again(facts)
 
 

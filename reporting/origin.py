@@ -34,5 +34,6 @@ def _moments(info: dict[str, Any]) -> list[str]:
     if "problem" in moments:
         return [moments["problem"]]
     kinds = ", ".join(f"{count} {kind}" for kind, count in moments["kinds"].items())
+    kept = f", {moments['tokens_kept']:,} tokens of each kept" if moments["tokens_kept"] else ""
     skipped = [f"skipped {line}" for line in skipped_lines(moments["skipped"])]
-    return [f"{moments['layers']} layers, {moments['sites']} inputs ({kinds})", *skipped]
+    return [f"{moments['layers']} layers, {moments['sites']} inputs ({kinds}){kept}", *skipped]

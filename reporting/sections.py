@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from ..store.info import basis_rows
 from . import curves, maps
-from .gather import Facts
+from .gather import BasisFacts, Facts
 from .missing import Why, no_bases, no_budget, no_excess, no_kept
 from .origin import origin
 from .standing import SHOWN, findings
@@ -108,6 +108,7 @@ def _kept(facts: Facts) -> list[Part] | Why:
     caption = (
         "The share of E‖W x‖² that a basis keeps at the rank of the slider, on the tokens that it was made of. Dark "
         "cells need a larger rank than the others; a rank at which all are bright is enough for most."
+        + _of_errors(bases)
     )
     return [Part(figure=maps.kept_output(bases, facts.places), caption=caption)]
 
@@ -143,9 +144,15 @@ def _bases(facts: Facts) -> list[Part] | Why:
     caption = (
         "The share of the output that is lost by rank, the mean over the layers of a kind. The lower line is the "
         "better approximation on these tokens; it need not be the start that trains best. Losses below 0.01 % are "
-        "drawn as that."
+        "drawn as that." + _of_errors(bases)
     )
     return [Part(figure=curves.losses(bases, facts.places), caption=caption)]
+
+
+def _of_errors(bases: Sequence[BasisFacts]) -> str:
+    if all(basis.basis.repair is None for basis in bases):
+        return ""
+    return " What a repair keeps and loses is of the error W - Q of its copy, not of the output."
 
 
 def _left_out(facts: Facts) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -113,7 +115,15 @@ def _stored_bytes(group: zarr.Group, name: str = "") -> int | None:
     path = getattr(group.store, "root", None)
     if path is None:
         return None
-    return sum(file.stat().st_size for file in (path / group.path / name).rglob("*") if file.is_file())
+    folders, size = [str(path / group.path / name)], 0
+    while folders:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file():
+                    size += entry.stat().st_size
+    return size
 
 
 def table(facts: dict[str, Any]) -> list[str]:

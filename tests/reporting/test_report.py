@@ -236,3 +236,20 @@ def test_layers_that_are_ill_conditioned_are_named_with_their_numerical_rank(tmp
     assert ranks == [5, 25]
     assert ill[1:] == [[name, str(rank), "32", "identity"] for name, rank in zip(names, ranks, strict=True)]
     assert below[1:] == [[names[0], "16", "5", "identity"]]
+
+
+def test_repairs_and_samples_are_said_to_be_what_they_are(tmp_path):
+    """A repair keeps of the error; a sample is counted; directions chosen by it are not compared between halves."""
+    given = tiny.sources(tmp_path, tiny.llama())
+    store, report = tmp_path / "prep.zarr", tmp_path / "report.html"
+    prep.covariance(given.model, given.data, store=store, keep_tokens=32, **tiny.RUN)
+    prep.decompose(store, rank=16, select="activation", pooling="mean_abs", quiet=True)
+    prep.report(store, report)
+    page = Page(report)
+    assert "32 tokens of each kept" in page.sections["made"]
+    assert "are not compared between the halves" in page.sections["data"]
+    prep.decompose(store, rank=16, repair="int4", quiet=True)
+    prep.report(store, report)
+    page = Page(report)
+    assert "repair-int4, of the error" in [b["label"] for b in page.figure("kept").layout["updatemenus"][0]["buttons"]]
+    assert "of the error W - Q" in page.sections["kept"]
