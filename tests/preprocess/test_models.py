@@ -160,8 +160,9 @@ one place. Weights on disk stay in the checkpoint and are read in every forward 
 ## Larger than the memory
 
 `prep covariance --block-by-block` ([scaling.md](scaling.md#models-larger-than-the-memory)) gives the same
-store, bit for bit, for every family above but T5. Refused by name: encoder-decoders, blocks that share more than hidden states (Gemma 3n),
-one block that is called again and again (ALBERT).
+store, bit for bit, for every family above but T5. Refused by name:
+encoder-decoders, blocks that share more than hidden states (Gemma 3n), one block that is called again and again
+(ALBERT).
 
 ## Encoder-decoders
 
