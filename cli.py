@@ -163,6 +163,11 @@ _decompose_option = partial(_option, DecomposeOptions)
     type=click.Choice(COMPATIBLE),
     help="peft-corda: sequences divided by their maximum, padding counted, as PEFT's preprocess_corda does.",
 )
+@_covariance_option(
+    "--block-by-block/--no-block-by-block",
+    help="Load one block of the model at a time, run it over all batches and free it: for a model larger than the "
+    "memory.  [default: where it does not fit]",
+)
 @_covariance_option("--memory-budget", help="For the accumulators; above it, several passes are made.")
 @_covariance_option(
     "--device-memory",

@@ -17,14 +17,16 @@ from torch import nn
 from ..errors import PrepError
 from ..store import Store, open_store
 from ..store.format.schema import is_url
+from .calibration.blocks import BlockByBlock
+from .calibration.choice import check_blocks, without_blocks
 from .calibration.estimate import Estimate, announce, estimate
 from .calibration.job import Calibration
 from .calibration.run import Run, finished, growth
 from .calibration.until import grown
-from .corpus.source import Mask, Text, open_source
+from .corpus.source import Mask, Source, Text, open_source
 from .distributed import World, check_devices, joined, visible_devices
 from .model.loading import load_model
-from .model.network import observe
+from .model.network import Network, observe, observe_blocks
 from .model.placement import placement
 from .options import CovarianceOptions
 from .progress import say
@@ -64,6 +66,7 @@ def covariance(
     halves: bool = True,
     keep_tokens: int = 0,
     compat: str | None = None,
+    block_by_block: bool | None = None,
     memory_budget: int | str = "8GB",
     device_memory: int | str | None = None,
     products: str = "auto",
@@ -101,6 +104,10 @@ def covariance(
     sequences goes on with the next ones and serves the old moments until it is done; bases made of these go then. One
     of another run, or of batches, is refused, or with `overwrite` replaced when the new one is complete. The state is
     stored every `checkpoint_every` and on SIGINT (then KeyboardInterrupt is raised) and SIGTERM; not with `batches`.
+
+    block_by_block: one block of the model at a time is loaded, run over all batches and freed; the moments are bitwise
+    the same. By default, where the model does not fit into memory. Hidden states that do not fit into `memory_budget`
+    beside the accumulators are kept in a folder beside the store.
 
     Accumulators beyond `memory_budget` are made in several passes. Those of layers on a GPU are kept there, as far as
     `device_memory` (by default what a batch leaves free) allows; products="exact" multiplies half-precision
@@ -144,11 +151,10 @@ def _calibrate(world: World, options: CovarianceOptions, module: nn.Module | Non
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
             return open_store(options.store) if world.rank == 0 else None
-    module = world.on_all(_load, options, world) if module is None else module
-    network = world.on_all(observe, module, source, options)
+    network = world.on_all(_network, options, run, source, world, module)
     if isinstance(source, Text) and options.dry_run:
         return estimate(options, network, source, time.monotonic() - begun)
-    with Calibration(options, run, network, source, world) as job:
+    with _job(options, run, network, source, world) as job:
         for part in job.parts():
             with part.hooked():
                 for batch in job.batches(part):
@@ -168,6 +174,7 @@ def _check(options: CovarianceOptions, world: World, devices: Sequence[Sequence[
         )
     if options.dry_run and options.data is None:
         raise PrepError("dry_run= needs data=, whose size is known")
+    check_blocks(options, world)
     check_devices(world, options.device, options.device_map, devices)
 
 
@@ -177,6 +184,19 @@ def _is_finished(options: CovarianceOptions, run: Run) -> bool:
     if done:
         say(f"{options.store} is complete and was made with the same options: nothing to do", options.quiet)
     return done
+
+
+def _network(options: CovarianceOptions, run: Run, source: Source, world: World, module: nn.Module | None) -> Network:
+    """The layers and sites of the model, which is loaded unless it is to be block by block."""
+    if module is None and (empty := without_blocks(options, run, world)) is not None:
+        return observe_blocks(empty, source, options, torch.device(world.device(options.device)))
+    return observe(_load(options, world) if module is None else module, source, options)
+
+
+def _job(options: CovarianceOptions, run: Run, network: Network, source: Source, world: World) -> Calibration:
+    if network.stack is not None:
+        return BlockByBlock(options, run, network, source)
+    return Calibration(options, run, network, source, world)
 
 
 def _load(options: CovarianceOptions, world: World) -> nn.Module:

@@ -66,6 +66,7 @@ class CovarianceOptions:
     halves: bool = True
     keep_tokens: int = 0
     compat: str | None = None
+    block_by_block: bool | None = None
     memory_budget: int | str = "8GB"
     device_memory: int | str | None = None
     products: str = "auto"
@@ -168,7 +169,7 @@ class CovarianceOptions:
             return
         if self.data is not None:
             raise PrepError("data= needs the tokenizer of a path or hub id: name the model so, or give batches=")
-        loading = ("revision", "trust_remote_code", "device", "device_map", "max_memory")
+        loading = ("revision", "trust_remote_code", "device", "device_map", "max_memory", "block_by_block")
         given = [name for name in loading if getattr(self, name)] + ["dtype"] * (self.dtype != "auto")
         if given:
             raise PrepError(f"{given[0]}= is for loading a path or hub id: prepare the module itself")

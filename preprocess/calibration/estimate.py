@@ -7,8 +7,10 @@ the number of batches, and of one site's write times the size of the store.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import zarr
 from torch import Tensor
 from zarr.storage import MemoryStore
@@ -19,13 +21,16 @@ from ..corpus.source import Text
 from ..distributed import ALONE
 from ..memory import peak_device_memory, peak_memory
 from ..model.forward import Inputs, evaluating
-from ..model.network import Network
+from ..model.network import Network, weight_record
+from ..model.sites import Site
+from ..model.stack import Stack
 from ..numerics.accumulators import mapped, moments_of, site_elements
 from ..options import CovarianceOptions
 from ..progress import say
-from .devices import place_sums
+from .blocks import hidden_bytes, scratch_bytes
+from .devices import Placed, place_sums
 from .part import Batch, Part
-from .plan import make_plan, tokens_kept
+from .plan import Plan, make_plan, tokens_kept
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class Estimate:
 
     tokens: that are read; first: sequences before them, whose moments a smaller store has. memory: peak of the process;
     device_memory: peak of one GPU, 0 where the sums are on the host; accumulators: the moments and tokens under way on
-    either; disk: of the finished store; checkpoint: what an unfinished run takes beside it.
+    either; disk: of the finished store; checkpoint: what an unfinished run takes beside it. blocks: of a model that is
+    loaded block by block, 0 for others; hidden: what all batches leave between two blocks, in memory, or in files that
+    take `scratch` while it runs.
     """
 
     layers: int
@@ -48,6 +55,9 @@ class Estimate:
     disk: int
     checkpoint: int
     seconds: float
+    blocks: int = 0
+    hidden: int = 0
+    scratch: int = 0
 
 
 def announce(options: CovarianceOptions, source: Text) -> None:
@@ -68,22 +78,17 @@ def estimate(options: CovarianceOptions, network: Network, source: Text, loading
         devices=devices,
         halves=options.halves and (source.half > 0 or source.first > 0),
         sampled=tokens_kept(options, source),
+        blocks=network.blocks,
     )
-    batches = source.sequences / source.batch_size
-    inputs = next(source.read())
-    seconds = loading
     with evaluating(network.module), exact():
-        for sites in plan.passes:
-            part = Part(
-                network,
-                sites,
-                whole=len(plan.passes) == 1,
-                devices=devices,
-                exact=options.products == "exact",
-                sampled=options.keep_tokens,
-            )
-            seconds += _seconds_per_batch(part, inputs, source) * batches
-            seconds += _seconds_to_write(part, network, options.moment_dtype)
+        if network.stack is None:
+            seconds = loading + sum(_seconds(options, network, source, plan, sites, devices) for sites in plan.passes)
+        else:
+            seconds = loading + _seconds_of_blocks(options, network, network.stack, source, plan)
+    blocks, hidden, scratch = 0, 0, 0
+    if network.stack is not None:
+        blocks, scratch = len(network.stack.names), scratch_bytes(plan, network, source, options)
+        hidden = 0 if scratch else hidden_bytes(network, source)
     return Estimate(
         layers=sum(len(site.members) for site in network.sites),
         sites=len(network.sites),
@@ -91,19 +96,61 @@ def estimate(options: CovarianceOptions, network: Network, source: Text, loading
         first=source.first,
         passes=len(plan.passes),
         accumulators=plan.memory,
-        memory=peak_memory(),
+        memory=peak_memory() + hidden,
         device_memory=max(map(peak_device_memory, set(devices.values())), default=0),
         disk=plan.disk,
         checkpoint=plan.checkpoint,
         seconds=seconds,
+        blocks=blocks,
+        hidden=hidden,
+        scratch=scratch,
     )
 
 
-def _seconds_per_batch(part: Part, inputs: Inputs, source: Text) -> float:
-    """Of the first batch, once its first sequence has paid for fresh memory and for the libraries' start."""
-    one = {name: value[:1] for name, value in inputs.items()}
+def _seconds(
+    options: CovarianceOptions, network: Network, source: Text, plan: Plan, sites: Sequence[Site], devices: Placed
+) -> float:
+    """Of one pass, its moments written."""
+    part = Part(
+        network,
+        sites,
+        whole=len(plan.passes) == 1,
+        devices=devices,
+        exact=options.products == "exact",
+        sampled=options.keep_tokens,
+    )
+    inputs = next(source.read())
+    small = 1 if network.stack is None else source.batch_size  # hidden states of a block before are of a whole batch
+    seconds = _seconds_per_batch(part, inputs, source, small) * source.sequences / source.batch_size
+    return seconds + _seconds_to_write(part, network, options.moment_dtype)
+
+
+def _seconds_of_blocks(options: CovarianceOptions, network: Network, stack: Stack, source: Text, plan: Plan) -> float:
+    """Of all blocks, from the largest one that has sites, on the hidden states that the first one gives."""
+    block = max(set(network.blocks.values()), key=stack.bytes)
+    with stack.resident():
+        if block:
+            with stack.loaded(0), torch.no_grad():
+                network.forward(next(source.read()))
+                made = stack.made
+        begun = time.monotonic()
+        with stack.loaded(block):
+            for name in (name for sites in plan.passes for site in sites for name in site.members):
+                if name.startswith(f"{stack.names[block]}."):
+                    network.weights[name] = weight_record(name, network.layers[name])
+            seconds = time.monotonic() - begun
+            if block:
+                stack.given = made
+            own = [sites for sites in plan.passes if network.blocks[sites[0].name] == block]
+            seconds += sum(_seconds(options, network, source, plan, sites, {}) for sites in own)
+    return seconds * len(stack.names)
+
+
+def _seconds_per_batch(part: Part, inputs: Inputs, source: Text, small: int) -> float:
+    """Of the first batch, once its first sequences have paid for fresh memory and for the libraries' start."""
+    one = {name: value[:small] for name, value in inputs.items()}
     with part.hooked():
-        part.add(Batch(0, one, source.masks(one), source.keys(0)[:1], source.labels(one)))
+        part.add(Batch(0, one, source.masks(one), source.keys(0)[:small], source.labels(one)))
         begun = time.monotonic()
         part.add(Batch(0, inputs, source.masks(inputs), source.keys(0), source.labels(inputs)))  # waits for the devices
         return time.monotonic() - begun
@@ -124,14 +171,17 @@ def _seconds_to_write(part: Part, network: Network, dtype: str) -> float:
 def lines(needed: Estimate) -> list[str]:
     """What `--dry-run` prints."""
     sums = f", of which {needed.accumulators / 1e9:.2f} GB are accumulators"
+    hidden = f" and {needed.hidden / 1e9:.2f} GB hidden states" if needed.hidden else ""
     on_device = needed.device_memory > 0
     after = f", after the {needed.first} sequences that are there" if needed.first else ""
     rows = [
         ("layers", f"{needed.layers:,} in {needed.sites:,} sites"),
         ("passes", f"{needed.passes} over {needed.tokens:,} tokens{after}"),
-        ("memory", f"{needed.memory / 1e9:.2f} GB{'' if on_device else sums}"),
+        *([("blocks", f"{needed.blocks}, loaded one at a time")] if needed.blocks else []),
+        ("memory", f"{needed.memory / 1e9:.2f} GB{'' if on_device else sums}{hidden}"),
         *([("gpu", f"{needed.device_memory / 1e9:.2f} GB{sums}")] if on_device else []),
         ("disk", f"{needed.disk / 1e9:.2f} GB, up to {needed.checkpoint / 1e9:.2f} GB more while it runs"),
+        *([("scratch", f"{needed.scratch / 1e9:.2f} GB of hidden states while it runs")] if needed.scratch else []),
         ("time", f"{needed.seconds:,.0f} s"),
     ]
     return [f"{name:8} {value}" for name, value in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ from .part import Batch, Part
 from .plan import Plan, make_plan, tokens_kept, too_few_tokens
 from .run import Run
 from .signals import Signals
-from .state import State, look, undo
+from .state import State, check_done, look, undo
 from .sums import stored_sums, whole_sums, with_half
 from .writers import Writers
 
@@ -97,19 +97,21 @@ class Calibration:
     def parts(self) -> Iterator[Part]:
         """The passes that are left, the first one with the sums that an interrupted run has stored."""
         for sites in self._passes:
-            whole = len(sites) == len(self._network.sites)
-            part = Part(
-                self._network,
-                sites,
-                whole=whole,
-                compat=self._options.compat,
-                world=self._world,
-                devices=self._devices,
-                exact=self._options.products == "exact",
-                sampled=self._options.keep_tokens,
-            )
-            self._restore(part)
-            yield part
+            yield self._part(sites, whole=len(sites) == len(self._network.sites))
+
+    def _part(self, sites: Sequence[Site], whole: bool) -> Part:
+        part = Part(
+            self._network,
+            sites,
+            whole=whole,
+            compat=self._options.compat,
+            world=self._world,
+            devices=self._devices,
+            exact=self._options.products == "exact",
+            sampled=self._options.keep_tokens,
+        )
+        self._restore(part)
+        return part
 
     def batches(self, part: Part) -> Iterator[Batch]:
         """The batches of this process that `part` has not seen; when the next one is asked for, one has been added."""
@@ -168,6 +170,7 @@ class Calibration:
         """Take the lock and look."""
         stack.enter_context(writer_lock(self._options.store, self._options.break_lock))
         state, self._existing = look(self._options, self._run, len(self._network.sites), self._quiet)
+        check_done(state, self._options, self._network.weights)
         return state
 
     def _plan(self) -> Plan:
@@ -185,6 +188,7 @@ class Calibration:
             halves=options.halves and (self._source.half > 0 or self._first > 0),
             sampled=tokens_kept(options, self._source),
             samples=1 if self._devices else self._world.local_size,
+            blocks=self._network.blocks,
         )
         if len(plan.passes) > 1 and self._source.once:
             raise PrepError(
@@ -305,7 +309,8 @@ class Calibration:
                 raise PrepError(f"{missing[0]} has no moments yet: every part that `parts` gives must be written")
             corpus = {"tokens": max(self._seen.values(), default=0), **self._source.about}
             run = {**self._run.attributes()["run"], "seconds": round(time.monotonic() - self._started, 3)}
-            finish(self._begin(), {"status": "complete", "corpus": corpus, "id": self._run.id(corpus), "run": run})
+            found = {"model": self._run.model, "corpus": corpus, "id": self._run.id(corpus), "run": run}
+            finish(self._begin(), {"status": "complete", **found})
         if self._path != Path(resolved(self._options.store)):
             bases = ", ".join(self._base.bases) if self._base is not None else ""
             put_in_place(self._path, self._options.store)

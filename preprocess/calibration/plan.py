@@ -39,6 +39,7 @@ def make_plan(
     halves: bool = False,
     sampled: int = 0,
     samples: int = 1,
+    blocks: Mapping[str, int] | None = None,
 ) -> Plan:
     """Cut `sites` into as few passes as the budget (bytes) allows, filling each in call order.
 
@@ -46,16 +47,17 @@ def make_plan(
 
     under_way: names of sites of which an interrupted pass has left sums. They make up the first pass, as many as fit;
     the others begin anew. halves: the moments of the first half are kept too, in float32. sampled: tokens that are kept
-    of every site, by as many processes as there are `samples`. PrepError if one site alone is over the budget.
+    of every site, by as many processes as there are `samples`. blocks: site name -> number of a block; a pass is of one
+    of them. PrepError if one site alone is over the budget.
     """
     sums = sum(8 * site_elements(kinds[site.name], site.shapes) for site in sites)
     tokens = sum(sample_bytes(site, sampled) for site in sites)
     sizes = {site.name: site_bytes(site, kinds[site.name], samples * sampled) for site in sites}
     places = devices or dict.fromkeys(sizes, "host")
     fewer = ", or fewer --keep-tokens" if sampled else ""
-    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places, fewer)[:1]
+    first = _filled([site for site in sites if site.name in under_way], sizes, budget, places, fewer, blocks)[:1]
     rest = [site for site in sites if not first or site not in first[0]]
-    passes = [*first, *_filled(rest, sizes, budget, places, fewer)]
+    passes = [*first, *_filled(rest, sizes, budget, places, fewer, blocks)]
     memory = max((sum(sizes[site.name] for site in part) for part in passes), default=0)
     stored = sums // (1 if moment_dtype == "float64" else 2)
     half = sums // 2 if halves else 0
@@ -78,9 +80,14 @@ def tokens_kept(options: CovarianceOptions, source: Source) -> int:
 
 
 def _filled(
-    sites: Sequence[Site], sizes: Mapping[str, int], budget: int, places: Mapping[str, Any], fewer: str
+    sites: Sequence[Site],
+    sizes: Mapping[str, int],
+    budget: int,
+    places: Mapping[str, Any],
+    fewer: str,
+    blocks: Mapping[str, int] | None,
 ) -> list[list[Site]]:
-    """The sites in order, a new pass begun where the next one would be over the budget of its place.
+    """The sites in order, a new pass begun where the next one is of another block or over the budget of its place.
 
     fewer: what else to advise where one is over it alone.
     """
@@ -94,7 +101,8 @@ def _filled(
                 f"raise it, or take --moment auto or diagonal{fewer}"
             )
         place = places[site.name]
-        if not passes or used[place] + size > budget:
+        other_block = blocks and passes and blocks[site.name] != blocks[passes[-1][-1].name]
+        if not passes or other_block or used[place] + size > budget:
             passes.append([])
             used.clear()
         passes[-1].append(site)

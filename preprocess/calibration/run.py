@@ -68,10 +68,12 @@ class Run:
         return cls(known, source.about, chosen | source.options, files, options.revision, begins)
 
     def loaded(self, network: Network) -> Run:
-        """The run with the loaded model's class, dtype, revision and a hash of its weights."""
+        """The run with the loaded model's class, dtype, revision and a hash of its weights, if all are known."""
         described = loading.describe(network.module, self.model["id"], self.model["revision"])
         layers = sorted(layer for site in network.sites for layer in site.members)
-        weights = content_hash(f"{layer} {network.weights[layer]['weight_hash']}\n" for layer in layers)
+        known = network.weights
+        hashes = [f"{layer} {known[layer]['weight_hash']}\n" for layer in layers if layer in known]
+        weights = content_hash(hashes) if len(hashes) == len(layers) else None
         return replace(self, model={**described, _WEIGHTS: weights})
 
     def attributes(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class Run:
         for section, values in wanted.items():
             for key, value in values.items():
                 known = there[section].get(key)
-                unknown = (key == "revision" and value is None) or (key == _WEIGHTS and known is None)
+                unknown = (key in ("revision", _WEIGHTS) and value is None) or (key == _WEIGHTS and known is None)
                 if known != value and not unknown:
                     different.append(f"{section} {key}: {known!r} there, {value!r} asked for")
         return different
@@ -223,14 +225,19 @@ def _refusal(options: CovarianceOptions, differences: list[str], own_batches: st
             "name another store, or replace it with overwrite=True"
         )
     if all(one.startswith(f"model {_WEIGHTS}") for one in differences):
-        return (
-            f"{options.store} was made from other weights than {options.model} has now: "
-            "name another --store, or replace it with --overwrite"
-        )
+        return other_weights(options)
     shown = [one for one in differences if not one.startswith(_FOLLOWS)] or differences
     other_text = all(one.startswith("corpus ") for one in differences)
     joined = " (`prep pool` joins the two; more sequences of the same text extend it)" if other_text else ""
     return (
         f"{options.store} holds a run with other options ({'; '.join(shown)}): "
         f"name another --store{joined}, or replace it with --overwrite"
+    )
+
+
+def other_weights(options: CovarianceOptions) -> str:
+    """The line for a store of another checkpoint."""
+    return (
+        f"{options.store} was made from other weights than {options.model} has now: "
+        "name another --store, or replace it with --overwrite"
     )

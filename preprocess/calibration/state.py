@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...errors import PrepError
 from ...store import Store, open_store
 from ...store.checkpoint import abandon, read_checkpoint
-from ...store.format.schema import local_path
+from ...store.format.schema import child, local_path
 from ...store.staging import remove
 from ..options import CovarianceOptions
 from ..progress import say
-from .run import Run, begun_from, find, is_done
+from .run import Run, begun_from, find, is_done, other_weights
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,25 @@ def look(options: CovarianceOptions, run: Run, sites: int, quiet: bool) -> tuple
     done = f"{len(known['done'])} of {sites} sites are done"
     say(f"{options.store} is incomplete: resumed after {known['batches']} batches, {done}", quiet)
     return replace(new, begun=True, **_fields(known)), existing
+
+
+def check_done(state: State, options: CovarianceOptions, weights: Mapping[str, Mapping[str, Any]]) -> None:
+    """PrepError where moments of an unfinished store are of other weights than those that are known: layer -> record.
+
+    A store that was begun block by block knows the weights of the blocks that are done, and not yet of all.
+    """
+    if state.done and not state.complete:
+        for layer, record in stored_weights(open_store(state.path), state.done).items():
+            if layer in weights and weights[layer]["weight_hash"] != record["weight_hash"]:
+                raise PrepError(other_weights(options))
+
+
+def stored_weights(store: Store, done: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a store, which may be unfinished, says of the weights of the sites that are done: layer -> record."""
+    moments = child(store.root, "moments")
+    there: Any = moments.attrs["sites"]  # not among them are experts that no token reached
+    members: list[Any] = [child(moments, site).attrs["members"] for site in done if site in there]
+    return {layer: record for one in members for layer, record in one.items()}
 
 
 def _fields(known: Mapping[str, Any]) -> dict[str, Any]:

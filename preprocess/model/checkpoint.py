@@ -166,25 +166,41 @@ def _read(checkpoint: Checkpoint, prefix: str, key: str, part: int | None) -> Te
     return checkpoint.read(prefix + key, part)
 
 
-def materialise(module: nn.Module) -> None:
-    """Read all parameters and buffers of a module of `open_model`, and of the modules in it."""
-    for inner in module.modules():
-        for key, weight in list(inner.named_parameters(recurse=False)):
-            if weight.is_meta:
-                inner._parameters[key] = nn.Parameter(parameter(inner, key), requires_grad=False)
-        for key, buffer in list(inner.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                inner._buffers[key] = parameter(inner, key)
+def materialise(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Read the parameters and buffers that these modules of a model of `open_model` hold themselves."""
+    for module in modules:
+        for key in [key for key, _ in module.named_parameters(recurse=False)]:
+            module._parameters[key] = nn.Parameter(parameter(module, key).to(device), requires_grad=False)
+        for key in [key for key, _ in module.named_buffers(recurse=False)]:
+            module._buffers[key] = parameter(module, key).to(device)
 
 
-def free(module: nn.Module) -> None:
-    """The opposite of `materialise`: what the checkpoint holds takes no memory."""
-    for inner in module.modules():
-        for key, weight in list(inner.named_parameters(recurse=False)):
-            inner._parameters[key] = nn.Parameter(weight.to("meta"), requires_grad=False)
-        for key, buffer in list(inner.named_buffers(recurse=False)):
-            if key not in inner._non_persistent_buffers_set:
-                inner._buffers[key] = buffer.to("meta")
+def pretend(net: nn.Module, device: torch.device) -> None:
+    """Give a model of `open_model` parameters and buffers of one number per row, which take no memory."""
+    draw = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        for key, weight in list(module.named_parameters(recurse=False)):
+            module._parameters[key] = nn.Parameter(_rows(weight, draw, device), requires_grad=False)
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = _rows(buffer, draw, device) if buffer.is_meta else buffer.to(device)
+
+
+def _rows(like: Tensor, draw: torch.Generator, device: torch.device) -> Tensor:
+    if not like.is_floating_point() or not like.ndim:
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
+    rows = torch.randn(like.shape[0], generator=draw).mul_(0.1).to(device, like.dtype)
+    return rows.as_strided(like.shape, (1, *[0] * (like.ndim - 1)))
+
+
+def free(modules: Iterable[nn.Module]) -> None:
+    """The opposite of `materialise` and `pretend`: what the checkpoint holds takes no memory."""
+    for module in modules:
+        for key, weight in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            module._parameters[key] = nn.Parameter(empty, requires_grad=False)
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if key not in module._non_persistent_buffers_set:
+                module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
 
 
 def _opened(model: str, config: Any, revision: str | None, dtype: torch.dtype) -> tuple[nn.Module, Checkpoint]:

@@ -96,7 +96,7 @@ def watched(forward: Callable[[Any], object], layers: Mapping[str, nn.Module]) -
         owners = {expert.owner: None for expert in experts}
         handles = [owner.register_forward_pre_hook(mode.enter, with_kwargs=True) for owner in owners]
         try:
-            with _eager(experts), mode:
+            with eager(experts), mode:
                 return forward(batch)
         finally:
             for handle in handles:
@@ -195,7 +195,7 @@ class _Products(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _eager(experts: Iterable[ExpertLinear]) -> Iterator[None]:
+def eager(experts: Iterable[ExpertLinear]) -> Iterator[None]:
     """The experts' modules computing one expert after the other; what they did before is restored."""
     configs: dict[int, Any] = {id(config): config for config in (home(expert).config for expert in experts)}
     before = [(config, config._experts_implementation) for config in configs.values()]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import PrepError
@@ -14,8 +16,13 @@ from ..corpus.source import Source, Text
 from ..corpus.text import Corpus
 from ..numerics.accumulators import moment_kind
 from ..options import CovarianceOptions
+from .checkpoint import free, pretend
+from .experts import eager, expert_layers
 from .forward import Forward, counts_own_positions, evaluating
-from .sites import Site, encoder_of, find_sites, other_weights, target_layers
+from .sites import NOT_CALLED, Site, encoder_of, find_sites, other_weights, target_layers
+from .stack import Stack, checked, refused, stack_of
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,8 @@ class Network:
     """layers: name -> module of every target; sites in call order; kinds: site name -> moment kind.
 
     weights: layer -> what a store says of it: shape, hash and dtype of its weight. forward runs a batch; skipped:
-    layer -> why it has no moments.
+    layer -> why it has no moments. stack: of a model that is run block by block, whose weights are known when their
+    block has been loaded; blocks: site name -> number of its block there.
     """
 
     module: nn.Module
@@ -33,19 +41,23 @@ class Network:
     weights: dict[str, dict[str, Any]]
     forward: Forward
     skipped: dict[str, str]
+    stack: Stack | None = None
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
 
-def observe(module: nn.Module, source: Source, options: CovarianceOptions) -> Network:
+def observe(module: nn.Module, source: Source, options: CovarianceOptions, weighed: bool = True) -> Network:
     """The layers that the options choose, and their sites as one short forward pass shows them.
 
-    PrepError where nothing is left to calibrate, or the text does not fit the model.
+    weighed: False leaves the weights unread. PrepError where nothing is left to calibrate, or the text does not fit the
+    model.
     """
     if isinstance(source, Text):
         check_fits(module, source.corpus)
     layers = target_layers(module, options.targets, options.exclude, options.layers)
     for name in layers:
         check_writable_name(name, "layer")
-    weights = {name: weight_record(name, layer) for name, layer in layers.items()}  # a forward may repack them
+    chosen = layers if weighed else {}
+    weights = {name: weight_record(name, layer) for name, layer in chosen.items()}  # a forward may repack them
     forward = source.forward(module, layers)
     with evaluating(module):
         sites, skipped = find_sites(layers, lambda: forward(source.example()), encoder_of(module))
@@ -55,6 +67,35 @@ def observe(module: nn.Module, source: Source, options: CovarianceOptions) -> Ne
         skipped |= other_weights(module, options.exclude, options.layers)
     kinds = {site.name: moment_kind(options.moment, site.shapes) for site in sites}
     return Network(module, layers, tuple(sites), kinds, weights, forward, skipped)
+
+
+def observe_blocks(net: nn.Module, source: Source, options: CovarianceOptions, device: torch.device = CPU) -> Network:
+    """The network of a model of `open_model`, to be run block by block on `device`; nothing of its weights is read.
+
+    PrepError for a family that cannot be run so.
+    """
+    pretend(net, device)
+    try:
+        with eager(expert_layers(net).values()):  # other products refuse such weights
+            return _observed_blocks(net, source, options, device)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        what = f"does not run with stand-ins for its weights ({' '.join(str(error).split())[:80]})"
+        raise refused(net, what) from error
+    finally:
+        free(net.modules())
+
+
+def _observed_blocks(net: nn.Module, source: Source, options: CovarianceOptions, device: torch.device) -> Network:
+    network = observe(net, source, options, weighed=False)
+    stack, blocks = stack_of(net, network.sites, device)
+    inside = tuple(f"{name}." for name in stack.names)
+    idle = [layer for layer, reason in network.skipped.items() if reason == NOT_CALLED]
+    missed = next((layer for layer in idle if layer.startswith(inside)), None)
+    if missed is not None:  # other weights might call it
+        raise refused(net, f"does not always call {missed}", "--exclude that layer, or ")
+    with evaluating(net):
+        checked(stack, network.forward, source.example())
+    return replace(network, forward=stack.forward(network.forward), stack=stack, blocks=blocks)
 
 
 def weight_record(name: str, layer: nn.Module) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .experts import ExpertLinear, expert_layers, home, is_fused
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
 LABELS = "label_mask"  # of a batch: 1 on the tokens that count; no input of the model
+NOT_CALLED = "the forward pass does not call it"
 _NO_PRODUCTS = (nn.Embedding, nn.modules.conv._ConvNd)
 
 
@@ -222,7 +223,7 @@ def _not_reached(sites: list[Site], targets: dict[str, nn.Module], skipped: dict
         if name not in reached and isinstance(layer, ExpertLinear):
             reasons[layer.fused] = f"{type(layer.owner).__name__} does not compute one expert after the other"
         elif name not in reached and name not in skipped:
-            reasons[name] = "the forward pass does not call it"
+            reasons[name] = NOT_CALLED
     return reasons
 
 

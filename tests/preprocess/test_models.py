@@ -157,6 +157,13 @@ one place. Weights on disk stay in the checkpoint and are read in every forward 
 (`--batch-size`, `--memory-budget`) save time. Experts that the checkpoint holds one by one are written to a folder in
 `TMPDIR` for the time of the run. Layers whose shared input is copied to another device have a site each.
 
+## Larger than the memory
+
+`prep covariance --block-by-block` ([scaling.md](scaling.md#models-larger-than-the-memory)) gives the same
+store, bit for bit, for every family above but T5. Refused by name:
+encoder-decoders, blocks that share more than hidden states (Gemma 3n), one block that is called again and again
+(ALBERT).
+
 ## Encoder-decoders
 
 Keys and values of the cross attention read the encoder's output and have its mask; the rest of the decoder has the
