@@ -259,3 +259,12 @@ def test_differences(monkeypatch):
     assert both.error == pytest.approx(np.sqrt(rows[1].var(ddof=1) / 40 + pooled / 3))
     lengths = draw.integers(1, 9, 40)
     assert difference([list(0.3 * lengths)], lengths.tolist(), 0.0).error == pytest.approx(0, abs=1e-9)
+
+
+def test_evidence_is_made_of_its_lines(run, tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    page = tmp_path / "evidence.md"
+    page.write_bytes((docs / "evidence.md").read_bytes())
+    run("evidence", docs / "evidence.jsonl", "--page", page)
+    assert page.read_bytes() == (docs / "evidence.md").read_bytes()
+    assert (tmp_path / "evidence.svg").read_bytes() == (docs / "evidence.svg").read_bytes()
