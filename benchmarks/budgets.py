@@ -9,7 +9,7 @@ of the weights of all layers) and way: the loss on the rows of the test, and wha
     eva          EVA's redistribution as PEFT does it: the largest explained variance ratios of the layers' inputs
     prep ranks   by what each direction keeps of its layer's output, per parameter
     energy       the same, of the outputs as they are: layers of large outputs count more
-    weighted     the same as `prep ranks`, each layer weighted by how much the loss reacts to its kind
+    squared      by the squares of what layers lose, each as a share of what its first direction leaves
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import prep
 from prep.adapters.peft.eva import redistribute
 from prep.store import Store
 from prep.store.budget import Directions
-from prep.store.info import pattern
 from prep.store.ranks import choose
 
 TEMPLATE = r"{question}\n{answer}"
@@ -46,21 +45,17 @@ def main() -> None:
     asked.add_argument("--seq-len", type=int, default=512)
     asked.add_argument("--rank", type=int, default=512)
     asked.add_argument("--rows", type=int, default=64)
-    asked.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.4, 0.6])
+    asked.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.8])
     options = asked.parse_args()
     store = made(options)
     replaced = Replaced(options.model, store)
     test = texts(Path(options.test), options.template, options.rows)
-    known = texts(Path(options.data), options.template, options.rows)
     of = choose(store, "1%").directions
-    weights = reactions(replaced, of, known, middle(of, replaced.parameters, options.shares))
-    for kind, weight in weights.items():
-        print(f"weight of {kind}: {weight:.2f}", flush=True)
     print(f"the model as it is: loss {replaced.loss({}, test):.3f}\n", flush=True)
     print("| budget | ranks | loss | lost of the outputs |\n|---|---|---|---|")
     for share in options.shares:
         budget = round(share * replaced.parameters)
-        for name, ranks in ways(store, of, budget, weights).items():
+        for name, ranks in ways(store, of, budget).items():
             assert of.parameters(ranks) <= budget
             loss, lost = replaced.loss(ranks, test), 1 - of.share(ranks)
             print(f"| {share:.0%}, {of.parameters(ranks):,} | {name} | {loss:.3f} | {lost:.2%} |", flush=True)
@@ -108,23 +103,31 @@ class Replaced:
         return total / count
 
 
-def ways(store: Store, of: Directions, budget: int, weights: Mapping[str, float]) -> dict[str, dict[str, int]]:
+def ways(store: Store, of: Directions, budget: int) -> dict[str, dict[str, int]]:
     """The ranks of every layer for at most as many parameters, by the name of how they were chosen."""
     full = store.bases["full"]
     energies = {layer: float((basis.spectrum**2).sum()) for layer, basis in full.read(rank=1).items()}
-    by_kind = {layer: weights[pattern(layer)] for layer in of.kept}
     return {
         "equal": of.equal(of.equal_within(budget)),
         "eva": eva_ranks(store, of, budget),
         "prep ranks": choose(store, budget).ranks,
         "energy": weighted(of, energies).within(budget),
-        "weighted": weighted(of, by_kind).within(budget),
+        "squared": squared(of).within(budget),
     }
 
 
 def weighted(of: Directions, weights: Mapping[str, float]) -> Directions:
     """What the directions keep, times a weight of their layer."""
     return Directions({layer: t * weights[layer] for layer, t in of.kept.items()}, of.costs)
+
+
+def squared(of: Directions) -> Directions:
+    """By what each direction takes off `((1 - F(r)) / (1 - F(1)))^2` of its layer: a constant output is left out."""
+    kept = {}
+    for layer, t in of.kept.items():
+        lost = np.clip(1 - np.concatenate([[0.0], np.cumsum(t)]), 0, None)
+        kept[layer] = -np.diff((lost / max(lost[1], 1e-4)) ** 2)
+    return Directions(kept, of.costs)
 
 
 def eva_ranks(store: Store, of: Directions, budget: int) -> dict[str, int]:
@@ -145,24 +148,6 @@ def eva_ranks(store: Store, of: Directions, budget: int) -> dict[str, int]:
         count = (low + high + 1) // 2
         low, high = (count, high) if of.parameters(ranks(count)) <= budget else (low, count - 1)
     return ranks(low)
-
-
-def middle(of: Directions, parameters: int, shares: list[float]) -> int:
-    """The equal rank of the middle one of the budgets."""
-    return of.equal_within(round(sorted(shares)[len(shares) // 2] * parameters))
-
-
-def reactions(replaced: Replaced, of: Directions, rows: list[str], rank: int) -> dict[str, float]:
-    """By kind of layer, how much the loss rises per share of output lost when only its layers are replaced; mean 1."""
-    kinds: dict[str, dict[str, int]] = {}
-    for layer, own in of.equal(rank).items():
-        kinds.setdefault(pattern(layer), {})[layer] = own
-    base = replaced.loss({}, rows)
-    found = {}
-    for kind, ranks in kinds.items():
-        lost = (1 - of.share(ranks)) * len(ranks)
-        found[kind] = max(replaced.loss(ranks, rows) - base, 1e-6) / max(lost, 1e-6)
-    return {kind: value / float(np.mean(list(found.values()))) for kind, value in found.items()}
 
 
 if __name__ == "__main__":

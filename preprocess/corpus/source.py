@@ -27,17 +27,6 @@ from ..options import CovarianceOptions
 from .mixture import load_mixture
 from .text import Corpus, CorpusOptions, load_corpus
 
-CORPUS_FIELDS = (
-    "subset",
-    "split",
-    "text_column",
-    "template",
-    "chat_column",
-    "num_sequences",
-    "seq_len",
-    "pack",
-    "seed",
-)
 _LABELLED = ("label_mask", "answer_from")  # said of a corpus only where they are given
 _SHARED = [field.name for field in fields(CorpusOptions) if field.name != "source"]
 PROBE_TOKENS = 32  # length of the sequence on which shared inputs are found

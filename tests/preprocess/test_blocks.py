@@ -177,8 +177,9 @@ def killed(made, store, batches, **options):
     return process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("budget", [SMALL, 10**9], ids=["disk", "memory"])
-@pytest.mark.parametrize("batches", [8, 12], ids=["in a block", "after a block"])
+@pytest.mark.parametrize(
+    ("budget", "batches"), [(SMALL, 8), (10**9, 12)], ids=["in a block, on disk", "after a block, in memory"]
+)
 def test_killed_and_resumed(made, tmp_path, budget, batches):
     store = tmp_path / "s"
     assert killed(made, store, batches, memory_budget=budget)

@@ -131,13 +131,25 @@ def test_mistyped_names_meet_the_nearest_one(calibrated):
     [
         (["--model", "models/tiny"], "cannot load the model models/tiny: it is no directory here, and the hub was not"),
         (["--model", "modle"], "cannot load the model modle: it is no directory here (did you mean 'model'?), and the"),
-        (["--model", "weights.safetensors"], "no model at weights.safetensors: give a directory with config.json"),
+        pytest.param(
+            ["--model", "weights.safetensors"],
+            "no model at weights.safetensors: give a directory with config.json",
+            marks=pytest.mark.stress,
+        ),
         (
             ["--data", "data/train"],
             "data/train is no file or directory here, and the hub was not reached: check --",
         ),
-        (["--data", "text.jsonlx"], "text.jsonlx is no file or directory here (did you mean 'text.jsonl'?), and the"),
-        (["--data", "data/train.jsonl.gz"], "no such file: data/train.jsonl.gz; check --data"),
+        pytest.param(
+            ["--data", "text.jsonlx"],
+            "text.jsonlx is no file or directory here (did you mean 'text.jsonl'?), and the",
+            marks=pytest.mark.stress,
+        ),
+        pytest.param(
+            ["--data", "data/train.jsonl.gz"],
+            "no such file: data/train.jsonl.gz; check --data",
+            marks=pytest.mark.stress,
+        ),
         (["--data", "./txt.jsonl"], "no such file: ./txt.jsonl (did you mean './text.jsonl'?); check --data"),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
