@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
@@ -128,6 +129,21 @@ def packed(directory: str, kind: str = "nf4", **settings: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, quantization_config=config, device_map="cpu", dtype=torch.float32
     ).eval()
+
+
+def int8(layer: nn.Linear) -> Any:
+    """The layer as bitsandbytes packs it; the test is skipped where that is not installed."""
+    d_out, d_in = layer.weight.shape
+    packed = pytest.importorskip("bitsandbytes").nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False)
+    packed.load_state_dict(layer.state_dict())
+    return packed.to("cpu")
+
+
+def with_int8_up_projections(net: Any) -> Any:
+    """The model, whose up projections are packed."""
+    for block in net.model.layers:
+        block.mlp.up_proj = int8(block.mlp.up_proj)
+    return net
 
 
 def save(model: Any, path: Path, padding_side: str = "right") -> str:

@@ -125,13 +125,7 @@ def test_mica_is_pefts(home, tmp_path):
 
 
 def test_mica_starts_on_a_quantised_base(home):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = load(home)
-    for block in model.model.layers:
-        old = block.mlp.up_proj
-        block.mlp.up_proj = bitsandbytes.nn.Linear8bitLt(32, 48, bias=False, has_fp16_weights=False)
-        block.mlp.up_proj.load_state_dict(old.state_dict())
-        block.mlp.up_proj = block.mlp.up_proj.to("cpu")
+    model = tiny.with_int8_up_projections(load(home))
     base = logits(model)
     assert torch.equal(logits(prep.peft.get_model(model, home.store, "mica", r=RANK)), base)
 

@@ -356,10 +356,7 @@ def one_weight_twice():
 
 
 def packed():
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear8bitLt(32, 48, bias=False, has_fp16_weights=False)
-    layer.load_state_dict(tiny.llama().model.layers[1].mlp.up_proj.state_dict())
-    return with_up(layer.to("cpu"))
+    return with_up(tiny.int8(tiny.llama().model.layers[1].mlp.up_proj))
 
 
 def started(init="whitened"):

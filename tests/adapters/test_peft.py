@@ -585,13 +585,7 @@ def test_an_adapted_model_is_refused(home, store):
 
 
 def test_a_quantised_base_takes_eva_but_no_residual(home, store):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = load(home)
-    for block in model.model.layers:
-        old = block.mlp.up_proj
-        block.mlp.up_proj = bitsandbytes.nn.Linear8bitLt(32, 48, bias=False, has_fp16_weights=False)
-        block.mlp.up_proj.load_state_dict(old.state_dict())
-        block.mlp.up_proj = block.mlp.up_proj.to("cpu")
+    model = tiny.with_int8_up_projections(load(home))
     with pytest.raises(PrepError, match="quantised"):
         prep.peft.get_model(model, store, "pissa", r=RANK)
     base = logits(model)
