@@ -13,13 +13,12 @@ from typing import Any
 import click
 
 from . import __version__
-from .commands import OF_INPUTS, store_option
+from .commands import OF_INPUTS, OF_WEIGHTS, store_option
 from .errors import Interrupted, PrepError
 from .preprocess.numerics.methods import POOLINGS, PUBLISHED, SELECTIONS, SOLVERS
 from .preprocess.options import (
     BASIS_DTYPES,
     COMPATIBLE,
-    METRICS,
     MODEL_DTYPES,
     MOMENT_DTYPES,
     MOMENTS,
@@ -236,7 +235,7 @@ def covariance(store: str, quiet: bool, **options: Any) -> None:
 @_decompose_option("--name", help="Name of the basis.  [default: from metric, power and select]")
 @_decompose_option(
     "--metric",
-    type=click.Choice(METRICS),
+    type=click.Choice(OF_WEIGHTS),
     help="What the SVD is taken in: M = C^a, diag(C)^a or I.  [default: full]",
 )
 @_decompose_option("--power", type=float, help="The power a of the metric.  [default: 0.5]")

@@ -12,6 +12,8 @@ from .errors import did_you_mean
 DEFAULT_STORE = "prep.zarr"
 # metrics whose P is made of eigenvectors of C, so that U^T W is not diag(S) P -> the default name of their bases
 OF_INPUTS = {"components": "eva", "null": "null"}
+OF_WEIGHTS = ("full", "diagonal", "identity")  # all others, which can be asked for by name
+METRICS = (*OF_WEIGHTS, *OF_INPUTS)
 # published method -> the default name of its basis; of several with one basis the first is the one that is advised
 BASIS_OF = {
     "pissa": "identity",
@@ -164,4 +166,4 @@ def _said_by(name: str) -> dict[str, Any] | None:
             method["damping"] = 0.0
         elif part[:1] == "p" and part[1:].replace(".", "", 1).isdigit():
             method["power"] = float(part[1:])
-    return method if metric in ("full", "diagonal", "identity") and default_name(method) == name else None
+    return method if metric in OF_WEIGHTS and default_name(method) == name else None

@@ -27,6 +27,11 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code, self.silent = 128 + signal, silent
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the nearest known word, or one that ends with this one; nothing where none is near.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..files import written
 from ..store import Store
 from ..store.factors import kind_of
 from ..store.format.schema import disk_guard
+from ..store.info import sources
 
 _CHUNK = 512  # tokens of a chunk, which llama.cpp counts, where a corpus has no length of sequences
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
@@ -56,7 +57,7 @@ def imatrix(store: Store, target: Path) -> Path:
     def write(path: Path) -> None:
         writer, length = Writer(path, ""), corpus.get("seq_len") or _CHUNK
         writer.add_string("general.type", "imatrix")
-        writer.add_array("imatrix.datasets", list(_sources(corpus)) or ["unknown"])
+        writer.add_array("imatrix.datasets", list(sources(corpus)) or ["unknown"])
         chunks = corpus.get("num_sequences") or -(-corpus.get("tokens", 0) // length)
         writer.add_uint32("imatrix.chunk_count", chunks)
         writer.add_uint32("imatrix.chunk_size", length)
@@ -120,16 +121,6 @@ def _names(store: Store) -> Callable[[str, str], str]:
         return f"{found}.weight"
 
     return name
-
-
-def _sources(corpus: dict[str, Any]) -> Iterator[str]:
-    """What was read: the source, those of a mixture, or those of the parts of a pool."""
-    for part in corpus.get("parts") or ():
-        yield from _sources(part["corpus"])
-    if mixture := corpus.get("mixture"):
-        yield from (part["source"] for part in mixture)
-    elif corpus.get("source"):
-        yield corpus["source"]
 
 
 def _gguf() -> Any:

@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..commands import METRICS
 from ..copies import is_sound
 from ..errors import PrepError
 from ..files import written
 from ..store import Store, open_store
 from ..store.format.schema import DTYPES, content_hash
-from ..store.format.untrusted import METRICS, REPAIRED, Word, loads, mismatch
+from ..store.format.untrusted import REPAIRED, Word, loads, mismatch
 from .adapter import Adapter, Origin, find_adapter
 from .attach import find_layers, install, refuse_adapted
 from .cores import CORES, Core

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from .corpus.source import Mask
 
-METRICS = ("full", "diagonal", "identity")  # those that can be asked for by name; components is EVA's
 MOMENTS = (*MOMENT_KINDS, "auto")
 MOMENT_DTYPES = ("float64", "float32")
 MODEL_DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")

@@ -9,7 +9,7 @@ from typing import Any
 
 from .artifact import Store
 from .basis import BasisSet
-from .info import basis_rows, corpus_lines, info
+from .info import basis_rows, corpus_lines, info, sources
 
 LIBRARY = "prep"
 TAGS = ("prep", "lora", "svd", "activation-statistics")
@@ -24,9 +24,9 @@ def card(store: Store, url: str, before: str | None = None) -> str:
     facts = info(store)
     theirs = {name: value for name, value in (_metadata(before) or {}).items() if name not in _OWN}
     tags = list(dict.fromkeys([*TAGS, *(theirs.pop("tags", None) or ())]))
-    base, sources = facts["model"].get("id"), list(filter(_is_id, _sources(facts["corpus"] or {})))
+    base, read = facts["model"].get("id"), list(dict.fromkeys(filter(_is_id, sources(facts["corpus"] or {}))))
     data = ModelCardData(
-        **theirs, library_name=LIBRARY, base_model=base if _is_id(base) else None, datasets=sources or None, tags=tags
+        **theirs, library_name=LIBRARY, base_model=base if _is_id(base) else None, datasets=read or None, tags=tags
     )
     licence = "" if data.license else "# license: for you to choose; a later push keeps it\n"
     return f"---\n{data.to_yaml()}\n{licence}---\n\n" + "\n".join(_body(store, facts, url))
@@ -117,13 +117,6 @@ def _use(facts: dict[str, Any], url: str) -> str:
     if name is None:
         return f"prep.pull({url!r}, 'prep.zarr')  # then: prep decompose"
     return f'prep.attach(model, "{url}", core="gain", basis="{name}")'
-
-
-def _sources(corpus: dict[str, Any]) -> list[str]:
-    """The sources of a corpus, of its mixture, or of the stores that it was pooled of."""
-    parts = [part["corpus"] for part in corpus.get("parts", ())] + list(corpus.get("mixture") or ())
-    found = [source for part in parts for source in _sources(part)] or [corpus.get("source", "")]
-    return list(dict.fromkeys(source for source in found if isinstance(source, str)))
 
 
 def _is_id(name: object) -> bool:

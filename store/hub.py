@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import StoreError, first_line
 from .format import schema
 from .format.documents import MAX_DOCUMENT
 from .format.hub import Repository, commit_of, hub_store
@@ -64,8 +64,8 @@ def target(at: Repository) -> Target:
     return Target(at, commit, names, card)
 
 
-def upload(to: Target, contents: Mapping[str, Path | bytes], last: Mapping[str, bytes], gone: frozenset[str]) -> None:
-    """Commit files, paths or bytes by name; `last` with the last commit, which takes the names `gone` away."""
+def upload(to: Target, contents: Mapping[str, Path], last: Mapping[str, bytes], gone: frozenset[str]) -> None:
+    """Commit files by name; `last` with the last commit, which takes the names `gone` away."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     at, commit = to.at, to.commit
@@ -154,12 +154,8 @@ class Snapshot:
                 raise
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise StoreError(
-                f"{self.at.url} cannot be read ({_line(cause)}): the same command goes on from there"
+                f"{self.at.url} cannot be read ({first_line(cause)}): the same command goes on from there"
             ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _sizes(api: Any, at: Repository, commit: str) -> dict[str, int]:

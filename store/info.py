@@ -6,7 +6,7 @@ import contextlib
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
     """
     store = open_store(store.location if isinstance(store, Store) else store)  # as it is by now
     groups: dict[str, dict[str, Any]] = {}
+    sizes = _stored_bytes(store.root)
     summary = _moments(store, groups) if store.corpus is not None and store.status == "complete" else None
     bases: dict[str, dict[str, Any]] = {}
     stored_bases = Bases(store.root)  # also of a store that is not complete
@@ -45,7 +46,9 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
         basis = stored_bases.open(name)
         for layer, record in basis.layers.items():
             _group(groups, layer, record.shape)["energy"].setdefault(name, []).append(record.energy)
-        bases[name] = _basis(basis)
+        bases[name] = {**_basis(basis), "bytes": sizes and sizes[f"bases/{name}"]}
+    if summary is not None:
+        summary["bytes"] = sizes and sizes["moments"]
     for group in groups.values():
         group["energy"] = {name: statistics.median(values) for name, values in group["energy"].items()}
     removed = store.attrs.get("removed") or {}
@@ -55,7 +58,7 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
         "status": store.status,
         "id": store.id,
         "prep_version": store.attrs.get("prep_version"),
-        "bytes": _stored_bytes(store.root),
+        "bytes": sizes and sizes[""],
         "model": store.model,
         "corpus": store.corpus,
         "removed": removed or None,
@@ -68,20 +71,20 @@ def info(store: str | Path | Store = "prep.zarr") -> dict[str, Any]:
 
 
 def _moments(store: Store, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Counts and size of the moments, which go into `groups` by layer; only `bytes` and `problem` where damaged."""
-    size, kinds = _stored_bytes(store.root, "moments"), Counter[str]()
+    """Counts of the moments, which go into `groups` by layer; only a `problem` where they are damaged."""
+    kinds = Counter[str]()
     try:
         moments = store.moments
         entries = {layer: moments[layer] for layer in moments}
     except StoreError as error:
-        return {"bytes": size, "problem": str(error)}
+        return {"problem": str(error)}
     for layer, entry in entries.items():
         group = _group(groups, layer, entry.shape)
         group["moment"], group["tokens"] = entry.kind, entry.count
         kinds[entry.kind] += layer == moments.sites[entry.site][0]
     kept = max((entry.sampled for entry in entries.values()), default=0)
     counts = {"sites": len(moments.sites), "layers": len(moments), "kinds": dict(kinds), "tokens_kept": kept}
-    return {**counts, "skipped": moments.skipped, "bytes": size}
+    return {**counts, "skipped": moments.skipped}
 
 
 def _basis(basis: BasisSet) -> dict[str, Any]:
@@ -98,7 +101,6 @@ def _basis(basis: BasisSet) -> dict[str, Any]:
         "energy": statistics.median(r.energy for r in records) if records else None,
         "excess": excess_of(basis),
         "unresolved": sum(r.rank > r.numerical_rank for r in records),
-        "bytes": _stored_bytes(basis._group),
         "start": _start(basis),
     }
 
@@ -120,20 +122,20 @@ def _group(groups: dict[str, dict[str, Any]], layer: str, shape: tuple[int, int]
     return group
 
 
-def _stored_bytes(group: zarr.Group, name: str = "") -> int | None:
-    """Bytes under a group on a local disk, or under a name in it; None elsewhere."""
-    path = getattr(group.store, "root", None)
+def _stored_bytes(root: zarr.Group) -> Counter[str] | None:
+    """Bytes on a local disk of the store, as "", and below `moments`, `bases/full` and the like; None elsewhere."""
+    path = getattr(root.store, "root", None)
     if path is None:
         return None
-    folders, size = [str(path / group.path / name)], 0
-    while folders:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_file():
-                    size += entry.stat().st_size
-    return size
+    sizes = Counter[str]()
+    for folder, _, names in os.walk(path):
+        size = 0
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process is writing
+                size += os.stat(f"{folder}{os.sep}{name}").st_size
+        parts = folder[len(str(path)) :].split(os.sep)[1:3]
+        sizes.update({"/".join(parts[:depth]): size for depth in range(len(parts) + 1)})
+    return sizes
 
 
 def table(facts: dict[str, Any]) -> list[str]:
@@ -222,6 +224,16 @@ def _row(name: str, basis: dict[str, Any]) -> list[str]:
 
 def _corpus(corpus: dict[str, Any]) -> list[str]:
     return [f"{'' if i else 'corpus':<9}{line}" for i, line in enumerate(corpus_lines(corpus))]
+
+
+def sources(corpus: dict[str, Any]) -> Iterator[str]:
+    """The sources of a corpus, of its mixture, or of the stores that it was pooled of."""
+    for part in corpus.get("parts") or ():
+        yield from sources(part["corpus"])
+    if mixture := corpus.get("mixture"):
+        yield from (part["source"] for part in mixture)
+    elif corpus.get("source"):
+        yield corpus["source"]
 
 
 def corpus_lines(corpus: dict[str, Any]) -> list[str]:

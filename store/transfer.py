@@ -16,7 +16,7 @@ from pathlib import Path
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
-from ..errors import StoreError
+from ..errors import StoreError, first_line
 from .artifact import Store, create_store, open_store
 from .format import schema
 from .format.documents import MAX_DOCUMENT, Layout
@@ -235,7 +235,7 @@ def _writing(location: str | Path) -> Iterator[None]:
     except Exception as error:  # each file system has its own kinds
         if isinstance(error, OSError) and error.errno in schema.DISK_FULL:
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise StoreError(f"cannot write to {location} ({said}): check the address and your permissions") from error
 
 

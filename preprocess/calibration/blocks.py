@@ -96,10 +96,7 @@ class BlockByBlock(Calibration):
     @contextlib.contextmanager
     def _loaded(self, block: int) -> Iterator[None]:
         with self._stack.loaded(block):
-            inside = f"{self._stack.names[block]}."
-            for name, layer in self._network.layers.items():
-                if name.startswith(inside) and name not in self._network.weights:
-                    self._network.weights[name] = weight_record(name, layer)
+            self._network.weigh(self._stack.names[block])
             yield
 
     def _hand(self, block: int, batch: int) -> None:

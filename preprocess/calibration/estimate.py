@@ -21,7 +21,7 @@ from ..corpus.source import Text
 from ..distributed import ALONE
 from ..memory import peak_device_memory, peak_memory
 from ..model.forward import Inputs, evaluating
-from ..model.network import Network, weight_record
+from ..model.network import Network
 from ..model.sites import Site
 from ..model.stack import Stack
 from ..numerics.accumulators import mapped, moments_of, site_elements
@@ -135,9 +135,7 @@ def _seconds_of_blocks(options: CovarianceOptions, network: Network, stack: Stac
                 made = stack.made
         begun = time.monotonic()
         with stack.loaded(block):
-            for name in (name for sites in plan.passes for site in sites for name in site.members):
-                if name.startswith(f"{stack.names[block]}."):
-                    network.weights[name] = weight_record(name, network.layers[name])
+            network.weigh(stack.names[block])
             seconds = time.monotonic() - begun
             if block:
                 stack.given = made

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PrepError
+from ...files import written
 from ...store.staging import place
 from ..model.stack import Output, mapped
 from ..model.tensors import Tensors
 
 _RUN = "run.json"
-_NAME = re.compile(r"\d+-\d+\.safetensors(\.part)?|run\.json(\.part)?")
+_NAME = re.compile(r"(\d+-\d+\.safetensors|run\.json)(\.\d+\.partial)?")
 
 
 def folder_of(store: str | Path) -> Path:
@@ -45,7 +46,8 @@ class Scratch:
         if _read(folder / _RUN) != said:
             remove(folder)
             folder.mkdir()
-            _whole(folder / _RUN, lambda part: part.write_text(said))
+            with written(folder / _RUN) as file:
+                file.write_text(said)
 
     def has(self, block: int, batch: int) -> bool:
         """Whether the output of a block for a batch is there."""
@@ -75,7 +77,8 @@ class Scratch:
             return
         parts = {"output": held} if isinstance(held, Tensor) else dict(enumerate(held))
         named = {str(name): value.contiguous() for name, value in parts.items() if value is not None}
-        _whole(self._file(block, batch), lambda part: save_file(named, part))
+        with written(self._file(block, batch)) as file:
+            save_file(named, file)
 
     def drop_before(self, block: int) -> None:
         """Forget what the blocks before this one gave."""
@@ -100,10 +103,3 @@ def remove(folder: Path) -> None:
 
 def _read(file: Path) -> str | None:
     return file.read_text() if file.is_file() else None
-
-
-def _whole(file: Path, write: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    write(part)
-    os.replace(part, file)

@@ -44,6 +44,12 @@ class Network:
     stack: Stack | None = None
     blocks: Mapping[str, int] = field(default_factory=dict)
 
+    def weigh(self, inside: str) -> None:
+        """Note the weights of the layers below a module, which are in memory, as far as they are not known."""
+        for name, layer in self.layers.items():
+            if name.startswith(f"{inside}.") and name not in self.weights:
+                self.weights[name] = weight_record(name, layer)
+
 
 def observe(module: nn.Module, source: Source, options: CovarianceOptions, weighed: bool = True) -> Network:
     """The layers that the options choose, and their sites as one short forward pass shows them.

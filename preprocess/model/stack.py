@@ -217,7 +217,6 @@ def _is_output(made: Output) -> bool:
 @contextlib.contextmanager
 def _noted(stack: Stack, used: dict[str, None]) -> Iterator[None]:
     """Note the modules outside the blocks that are called before the last block."""
-    inside = tuple(f"{name}." for name in stack.names)
     parent = stack.names[0].rpartition(".")[0]
     blocks = tuple(f"{parent}.{number}." for number in range(len(stack.net.get_submodule(parent))))  # type: ignore[arg-type]
     last = stack.net.get_submodule(stack.names[-1])
@@ -228,7 +227,7 @@ def _noted(stack: Stack, used: dict[str, None]) -> Iterator[None]:
 
     handles: list[Any] = [last.register_forward_hook(lambda *_: ended.append(True))]
     for name, module in stack.net.named_modules():
-        if not f"{name}.".startswith((*inside, *blocks)):
+        if not f"{name}.".startswith(blocks):
             handles.append(module.register_forward_pre_hook(note(name)))
     try:
         yield

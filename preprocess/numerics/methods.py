@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
-from ...commands import OF_INPUTS, default_name
+from ...commands import METRICS, OF_INPUTS, default_name
 from ...errors import PrepError, did_you_mean
 
-METRICS = ("full", "diagonal", "identity", "components", "null")
 SELECTIONS = ("top", "bottom", "activation")
 POOLINGS = ("rms", "mean_abs")
 SOLVERS = ("auto", "exact", "svd", "randomized")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
-from ...errors import StoreError
+from ...errors import StoreError, first_line
 from .remote import get
 from .zarr_core import sync, to_buffer
 
@@ -143,5 +143,5 @@ def _put_local(path: str, content: bytes) -> None:
 
 def unreadable(store: ZarrStore, key: str, error: Exception) -> StoreError:
     """What is said of a file that is there, as far as can be told, and was not read."""
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     return StoreError(f"{shown(store, key)} cannot be read ({said}): check path, permission and connection")

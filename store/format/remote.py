@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from zarr.abc.store import RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
 
-from ...errors import StoreError
+from ...errors import StoreError, first_line
 from .zarr_core import prototype
 
 PIECE = 2**18
@@ -42,7 +42,7 @@ def url_store(url: str, read_only: bool = True, storage_options: dict[str, Any] 
 
 async def get(store: Any, key: str, start: int, end: int) -> bytes | None:
     """Bytes start to end of a file of an fsspec store, fewer where it ends before, None where there is none."""
-    seconds, retries = timeout(), int(_setting("PREP_RETRIES", RETRIES))
+    seconds, retries = timeout(), _retries()
     web = "http" in store.fs.protocol and hasattr(store.fs, "set_session")
     tried = 0
     while True:
@@ -73,7 +73,7 @@ def _said(error: Exception, seconds: float, tried: int) -> str:
         return f"no answer in time{times}; PREP_TIMEOUT sets more than {seconds:g} seconds"
     if type(error).__name__ == "ClientPayloadError":
         return f"the answer broke off before its end{times}"
-    return f"{(str(error).splitlines() or [type(error).__name__])[0]}{times}"
+    return f"{first_line(error)}{times}"
 
 
 def _asked_for(error: Exception) -> float:
@@ -138,19 +138,22 @@ async def _pieces(content: Any, size: int, seconds: float) -> AsyncIterator[byte
 
 def timeout() -> float:
     """The seconds that a read may go without an answer. ValueError where PREP_TIMEOUT is no such number."""
-    return _setting("PREP_TIMEOUT", TIMEOUT)
+    return _setting("PREP_TIMEOUT", TIMEOUT, "number of seconds", lambda number: 0 < number < float("inf"))
 
 
-def _setting(name: str, default: float) -> float:
-    """A number of seconds, or of retries, from the environment."""
+def _retries() -> int:
+    """How often a read is tried again. ValueError where PREP_RETRIES is no such number."""
+    what = "number of retries up to 100"
+    return int(_setting("PREP_RETRIES", RETRIES, what, lambda number: number in range(101)))
+
+
+def _setting(name: str, default: float, what: str, fits: Callable[[float], bool]) -> float:
+    """A number from the environment. ValueError, which says `what` it is to be, where it does not fit."""
     given = os.environ.get(name, "")
     try:
         number = float(given or default)
     except ValueError:
-        number = -1
-    if name == "PREP_RETRIES":
-        if not (0 <= number <= 100 and number == int(number)):
-            raise ValueError(f"{name}={given} is no number of retries up to 100")
-    elif not 0 < number < float("inf"):
-        raise ValueError(f"{name}={given} is no number of seconds")
+        number = float("nan")
+    if not fits(number):
+        raise ValueError(f"{name}={given} is no {what}")
     return number

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ...commands import METRICS
+
 MAX_DEPTH = 100
 NUMBER = 2**63  # whole numbers are below it
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -64,7 +66,6 @@ SITE = {
 REPAIRED = {"hash": Word, "dtype": Word, "probes": [float], "error": float}
 _COPY = {"source": ("recipe", "checkpoint", "module"), "name": Word, "id?": Word, "revision?": (Word, NULL)}
 _COPY |= {"files?": (str, NULL), "config?": (NULL, dict)}
-METRICS = ("full", "diagonal", "identity", "components", "null")
 BASIS = {
     "status": ("complete", "incomplete"),
     "method": {
