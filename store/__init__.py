@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .artifact import Store, create_store, open_store
-    from .bases import Bases, BasisWriter
-    from .basis import Basis, BasisSet, LayerRecord
+    from .bases import Bases
+    from .basis import Basis, BasisSet
+    from .basis_writer import BasisWriter
     from .moments import LayerMoment, Moments, begin_moments
+    from .record import LayerRecord
     from .site import SiteData, read_site, write_site
 
 _EXPORTS = {
     **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
-    **dict.fromkeys(("Bases", "BasisWriter"), ".bases"),
-    **dict.fromkeys(("Basis", "BasisSet", "LayerRecord"), ".basis"),
+    "Bases": ".bases",
+    **dict.fromkeys(("Basis", "BasisSet"), ".basis"),
+    "BasisWriter": ".basis_writer",
     **dict.fromkeys(("LayerMoment", "Moments", "begin_moments"), ".moments"),
+    "LayerRecord": ".record",
     **dict.fromkeys(("SiteData", "read_site", "write_site"), ".site"),
 }
 

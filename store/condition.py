@@ -8,8 +8,9 @@ from pathlib import Path
 from zarr.storage import LocalStore
 
 from ..errors import StoreError
-from .bases import Bases, is_left
+from .bases import Bases
 from .basis import BasisSet
+from .basis_places import is_left
 from .manifest import basis_entries
 
 
@@ -40,7 +41,7 @@ def _files_right(basis: BasisSet, root: Path) -> list[bool]:
         if layout is not None:
             # every array of a basis has one dtype that is its own, or that of the basis
             dtype = layout.dtypes[0]
-            right += [_size(f"{folder}/{key}") == layout.chunk_bytes(dtype) for key in layout.chunk_keys()]
+            right += [_size(f"{folder}/{key}") == layout.file_bytes(dtype) for key in layout.file_keys()]
     return right
 
 

@@ -21,11 +21,14 @@ from ..errors import StoreError
 from ..linear import weight_hash
 from .artifact import Store
 from .bases import Bases
-from .basis import SHARES, BasisSet, LayerRecord, group_key
+from .basis import BasisSet
+from .basis_layout import group_key
 from .format import schema
-from .format.documents import Layout, document
+from .format.documents import document
+from .format.layout import Layout
 from .manifest import basis_entries, files, is_beside, site_entries
 from .moments import LayerMoment
+from .record import SHARES, LayerRecord
 from .site import HALF, VECTORS
 
 MOMENT_ROUNDING = 1e-5  # of the trace: float32 products of 2,048 tokens err by 5.4e-6 where a channel is constant
@@ -227,7 +230,7 @@ def _layer(
     stored = [(parts["U"].T, basis.dtype), (parts["P"], basis.dtype)]
     stored += [(parts["S"], "float64"), (basis_layer.spectrum, "float64")]
     if record.hash != schema.content_hash(schema.as_stored(value, dtype) for value, dtype in stored):
-        arrays = f"bases/{basis.name}/{group_key(record.shape)}/{{U,P,S,spectrum}}"
+        arrays = f"bases/{basis.name}/{group_key(record.shape)}/{{{','.join([*basis.factors, 'S', 'spectrum'])}}}"
         report.add(where, f"row {record.index} of {arrays} does not match its hash: restore the store from a copy")
     known = _weight(layer, vars(record), weights, report)
     if not numerics:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .artifact import Store
-from .basis import BasisSet, group_key
-from .format.documents import Layout
+from .basis import BasisSet
+from .basis_layout import group_key
+from .format.layout import Layout
 from .moments import LayerMoment
 from .site import HALF
 
@@ -68,5 +69,5 @@ def files(entries: dict[str, Layout | None]) -> Iterator[str]:
         if path:
             yield f"{path}/zarr.json"
         if layout is not None:
-            yield from (f"{path}/{key}" for key in layout.chunk_keys())
+            yield from (f"{path}/{key}" for key in layout.file_keys())
     yield "zarr.json"

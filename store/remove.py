@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import PrepError, StoreError
 from .artifact import Store, open_store
-from .bases import Bases, forget_basis, is_left
+from .bases import Bases
+from .basis_places import forget_basis, is_left
 from .format.schema import content_hash, is_url, local_path, put_attributes, remove_partial
 from .lock import writer_lock
 from .staging import interrupted, one_line, remove_all

@@ -19,9 +19,10 @@ from zarr.storage import LocalStore
 from ..errors import StoreError, first_line
 from .artifact import Store, create_store, open_store
 from .format import schema
-from .format.documents import MAX_DOCUMENT, Layout
-from .format.files import at_once, fetch, fetch_async
+from .format.documents import MAX_DOCUMENT
+from .format.files import at_once, fetch, fetch_async, put_stream
 from .format.hub import Repository, repository
+from .format.layout import Layout
 from .format.zarr_core import sync, to_buffer
 from .hub import Snapshot, target, upload, withdraw
 from .integrity import verify_store
@@ -30,6 +31,7 @@ from .manifest import CARD, files, manifest
 from .staging import check_replaceable, occupied, overlap, replacement
 
 MAX_DOCUMENTS = 400_000_000  # bytes of all zarr.json of a store on the hub
+PIECE = 2**26  # bytes: larger files are copied one by one, in such pieces
 _ROOT = "zarr.json"
 
 
@@ -169,7 +171,7 @@ def _from_hub(at: Repository) -> tuple[Store, dict[str, Layout | None]]:
 
 def _limits(entries: dict[str, Layout | None]) -> dict[str, int]:
     """The most bytes that every file of a store may have, by key."""
-    sizes = {path: max(map(layout.chunk_bytes, layout.dtypes)) for path, layout in entries.items() if layout}
+    sizes = {path: max(map(layout.file_bytes, layout.dtypes)) for path, layout in entries.items() if layout}
     return {
         key: MAX_DOCUMENT if key.endswith("zarr.json") else sizes[key.rpartition("/c/")[0]] for key in files(entries)
     }
@@ -205,14 +207,32 @@ def _copy(source: Store, place: ZarrStore, entries: dict[str, Layout | None]) ->
 
     async def put(key: str, raw: bytes | None) -> None:
         if raw is None:
-            raise StoreError(f"{source.location}/{key} is missing: restore the store from a copy")
+            raise _missing(source, key)
         await place.set(key, to_buffer(raw))
 
     async def one(key: str) -> None:
         await put(key, await fetch_async(files_of, key, limits[key] + 1))
 
-    at_once(one, [key for key in limits if key != _ROOT])
+    at_once(one, [key for key in limits if key != _ROOT and limits[key] <= PIECE])
+    for key in (key for key in limits if limits[key] > PIECE):
+        _copy_in_pieces(source, place, key, limits[key])
     sync(put(_ROOT, root))
+
+
+def _copy_in_pieces(source: Store, place: ZarrStore, key: str, limit: int) -> None:
+    """A file that is too large to be in memory beside others, and a byte more than it may have."""
+    with put_stream(place, key) as put:
+        for start in range(0, limit + 1, PIECE):
+            raw = fetch(source.root.store, key, min(PIECE, limit + 1 - start), start)
+            if raw is None:
+                raise _missing(source, key)
+            put(raw)
+            if len(raw) < PIECE:
+                break
+
+
+def _missing(source: Store, key: str) -> StoreError:
+    return StoreError(f"{source.location}/{key} is missing: restore the store from a copy")
 
 
 def _shows(source: ZarrStore, target: ZarrStore) -> bool:
@@ -242,4 +262,4 @@ def _writing(location: str | Path) -> Iterator[None]:
 def _bytes(entries: dict[str, Layout | None]) -> int:
     """What the chunks take at least."""
     layouts = [layout for layout in entries.values() if layout is not None]
-    return sum(len(list(layout.chunk_keys())) * min(map(layout.chunk_bytes, layout.dtypes)) for layout in layouts)
+    return sum(len(list(layout.file_keys())) * min(map(layout.file_bytes, layout.dtypes)) for layout in layouts)

@@ -18,7 +18,7 @@ def _rank(name: str, options: dict[str, Any], environment: dict[str, str], said:
 
     import prep
     from prep.preprocess.calibration.job import Calibration
-    from prep.store.bases import BasisWriter
+    from prep.store import BasisWriter
 
     os.environ.update(environment)
     torch.set_num_threads(1)

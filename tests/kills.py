@@ -41,7 +41,7 @@ def covariance(options: Mapping[str, Any], pause: float, said: str, dies: bool =
 
 def decompose(options: Mapping[str, Any], pause: float, said: str, dies: bool = False) -> None:
     """`prep decompose` whose layers count as done at once, with a pause after each. dies: SIGKILL ends it at one."""
-    from prep.store.bases import BasisWriter
+    from prep.store import BasisWriter
 
     note = BasisWriter.note
 

@@ -13,6 +13,7 @@ from ...copies import named
 from ...errors import StoreError
 from ...linear import weight_hash, weight_matrix
 from ...store import Bases, BasisSet, LayerRecord, open_store
+from ...store.basis_layout import LAYOUT
 from ...store.condition import fault
 from ...store.info import pattern
 from ..model import loading
@@ -53,9 +54,9 @@ def same_basis(request: Request) -> BasisSet | None:
         return None
     if request.options.overwrite:
         if not differences and basis.status != "complete":
-            return basis
+            return basis if _goes_on(basis) else None
         pending = bases.pending(name)
-        return pending if pending is not None and not _differences(request, pending) else None
+        return pending if pending is not None and _goes_on(pending) and not _differences(request, pending) else None
     if _covers(basis, request, differences):
         return basis
     if differences:
@@ -63,13 +64,22 @@ def same_basis(request: Request) -> BasisSet | None:
             f"{request.options.store} holds a basis {name!r} with other options ({'; '.join(differences)}): "
             "give this one another --name, or replace it with --overwrite"
         )
-    return basis
+    return basis if _goes_on(basis) else None
 
 
 def problem_of(request: Request) -> str | None:
     """Why the basis of that name is to be made anew although it is there."""
     bases = None if request.store is None else open_store(request.options.store).bases
-    return None if bases is None or request.name not in bases else fault(bases, request.name)
+    if bases is None or request.name not in bases:
+        return None
+    problem = fault(bases, request.name)
+    old = problem is None and not _goes_on(bases.open(request.name))
+    return "not complete, and of an earlier format" if old else problem
+
+
+def _goes_on(basis: BasisSet) -> bool:
+    """Whether a basis is complete, or may be resumed: it is of the layout of now."""
+    return basis.status == "complete" or basis.layout == LAYOUT
 
 
 def _opens(bases: Bases, name: str) -> bool:

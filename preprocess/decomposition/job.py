@@ -15,7 +15,7 @@ from ... import __version__
 from ...errors import StoreError
 from ...linear import layer_shape
 from ...store import Moments, create_store, open_store
-from ...store.bases import LayerDone
+from ...store.basis_writer import LayerDone
 from ...store.format.schema import content_hash, disk_guard
 from ...store.lock import writer_lock
 from ...store.staging import occupied, place, remove

@@ -14,7 +14,9 @@ from ...commands import OF_INPUTS
 from ...errors import PrepError
 from ...linear import layer_shape
 from ...store import BasisWriter, LayerRecord, open_store
-from ...store.bases import LayerDone, goes_at_once, take_back
+from ...store.bases import goes_at_once
+from ...store.basis_places import take_back
+from ...store.basis_writer import LayerDone
 from ...store.format.schema import DTYPES
 from ..model import loading
 from ..numerics.methods import Method

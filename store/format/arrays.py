@@ -1,15 +1,15 @@
-"""Arrays of a store: one file per chunk, its values, little endian, and their crc32c.
+"""Arrays of a store: files of chunks, each of which is its values, little endian, and their crc32c.
 
-The `Layout` says which files a region needs, so that they go straight to its memory. NaN fills
+The `Layout` says which bytes of which files a region needs, so that they go straight to its memory. NaN fills
 what is not there: chunks at the end of an axis, and rows of unfinished layers. A region that is read never holds one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import google_crc32c
 import numpy as np
@@ -19,10 +19,12 @@ from torch import Tensor
 from zarr.abc.store import Store as ZarrStore
 
 from ...errors import StoreError
-from .documents import BF16_NAN, DTYPES, MAX_DOCUMENT, Layout, array_document, checked_array, storage_dtype
-from .files import fetch_each, put_each, shown
+from .documents import DTYPES, MAX_DOCUMENT, array_document, checked_array
+from .files import fetch_each, fetch_runs, put_each, put_stream, shown
+from .layout import BF16_NAN, Layout, Run, storage_dtype
 
 Region = tuple[slice, ...]
+Place = tuple[str, int]  # key of a file, number of a chunk in it
 OTHER_VERSION = "not the one that the metadata speak of, but of another version"
 
 
@@ -39,9 +41,9 @@ class Array:
         return shown(self.store, self.path)
 
     @cached_property
-    def chunk_bytes(self) -> int:
-        """Size of a chunk's file."""
-        return self.layout.chunk_bytes(self.dtype)
+    def index(self) -> bytes:
+        """What every file begins with where the array is sharded."""
+        return self.layout.index(self.dtype) if self.layout.sharded else b""
 
 
 def create_array(group: zarr.Group, path: str, layout: Layout) -> Array:
@@ -69,33 +71,42 @@ def open_array(group: zarr.Group, path: str, layout: Layout) -> Array:
     return open_arrays(group, {path: layout})[path]
 
 
-def read_each(regions: Sequence[tuple[Array, Region]], checksums: Mapping[str, int] | None = None) -> list[Tensor]:
-    """Regions of arrays of one store as tensors of the arrays' dtypes; a chunk's file is read once for all of them.
+def read_each(regions: Sequence[tuple[Array, Region]], checksums: Mapping[Place, int] | None = None) -> list[Tensor]:
+    """Regions of arrays of one store as tensors of the arrays' dtypes; a chunk is read once for all of them.
 
-    checksums: the crc32c that chunks must have, by path of the file, as far as it is known. StoreError if a chunk is
-    missing, of another size or fails a checksum, or a region holds NaN or Inf.
+    checksums: the crc32c that chunks must have, as far as it is known. StoreError if a chunk is missing, of another
+    size or fails a checksum, or a region holds NaN or Inf. Memory is set aside for a region once its first chunk is in.
     """
-    known = checksums or {}
-    values: list[np.ndarray] = []
-    uses: dict[str, tuple[Array, list[tuple[np.ndarray, Region]]]] = {}
-    for array, region in regions:
+    values: list[np.ndarray | None] = [None] * len(regions)
+    shapes: list[tuple[int, ...]] = []
+    files: dict[str, tuple[Array, dict[int, list[tuple[int, Region, Region]]]]] = {}
+    for number, (array, region) in enumerate(regions):
         bounds = array.layout.bounds(region)
-        values.append(_empty(array, tuple(b - a for a, b in bounds)))
-        for key, outside, inside in array.layout.cover(bounds):
-            uses.setdefault(f"{array.path}/{key}", (array, []))[1].append((values[-1][outside], inside))
+        shapes.append(tuple(b - a for a, b in bounds))
+        for chunk, outside, inside in array.layout.cover(bounds):
+            wanted = files.setdefault(f"{array.path}/{chunk.file}", (array, {}))[1]
+            wanted.setdefault(chunk.number, []).append((number, outside, inside))
+    runs = {key: array.layout.runs(wanted, array.dtype) for key, (array, wanted) in files.items()}
 
-    def place(key: str, raw: bytes | None) -> None:
-        array, targets = uses[key]
-        chunk = _decoded(array, key, raw, known.get(key))
-        for target, inside in targets:
-            target[...] = chunk[inside]
-            if not _finite(target, array.dtype):
-                raise StoreError(f"{array} has a chunk that is missing or not finite: restore the store from a copy")
+    def place(key: str, parts: list[bytes] | None) -> None:
+        array, wanted = files[key]
+        for at, chunk in _chunks(array, key, runs[key], parts, checksums or {}):
+            for number, outside, inside in wanted[at]:
+                whole = values[number]
+                if whole is None:
+                    whole = values[number] = _empty(array, shapes[number])
+                whole[outside] = chunk[inside]
+                if not _finite(whole[outside], array.dtype):
+                    raise StoreError(
+                        f"{array} has a chunk that is missing or not finite: restore the store from a copy"
+                    )
 
-    if uses:
-        limits = {key: array.chunk_bytes + 1 for key, (array, _) in uses.items()}
-        fetch_each(regions[0][0].store, limits, place)
-    return [_tensor(value, array.dtype) for value, (array, _) in zip(values, regions, strict=True)]
+    if files:
+        fetch_runs(regions[0][0].store, {key: [(run.start, run.end) for run in of] for key, of in runs.items()}, place)
+    return [
+        _tensor(_empty(array, shape) if value is None else value, array.dtype)
+        for value, shape, (array, _) in zip(values, shapes, regions, strict=True)
+    ]
 
 
 def read(array: Array, region: Region = ()) -> Tensor:
@@ -104,18 +115,41 @@ def read(array: Array, region: Region = ()) -> Tensor:
 
 
 def write(array: Array, region: Region, values: Tensor) -> np.ndarray:
-    """Write a region of whole chunks, cast to the array's dtype, and return it as it is stored, for a content hash."""
+    """Write a region of whole files, cast to the array's dtype, and return it as it is stored, for a content hash."""
     stored, layout = as_stored(values, array.dtype), array.layout
     bounds = layout.bounds(region)
+    edges = layout.shard if layout.sharded else layout.chunks
     whole = all(
         a % edge == 0 and (b % edge == 0 or b == size)
-        for (a, b), edge, size in zip(bounds, layout.chunks, layout.shape, strict=True)
+        for (a, b), edge, size in zip(bounds, edges, layout.shape, strict=True)
     )
     if not whole or stored.shape != tuple(b - a for a, b in bounds):
-        raise ValueError(f"{array}: values {stored.shape} are not the whole chunks of {region}")
-    parts = {f"{array.path}/{key}": stored[outside] for key, outside, _ in layout.cover(bounds)}
-    put_each(array.store, parts, partial(_encoded, array))
+        raise ValueError(f"{array}: values {stored.shape} are not the whole files of {region}")
+    files: dict[str, list[np.ndarray]] = {}
+    for chunk, outside, _ in layout.cover(bounds):
+        files.setdefault(f"{array.path}/{chunk.file}", []).append(stored[outside])
+    put_each(array.store, files, lambda parts: _encoded(array, parts))
     return stored
+
+
+def write_row(array: Array, row: int, parts: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Write the file of a row of a sharded array, its parts one after the other, and yield each as it is stored.
+
+    parts: of the row without its first axis; a symmetric matrix is given as panels, any other array whole. The file is
+    there when all of them have been asked for.
+    """
+    layout, at = array.layout, 0
+    with put_stream(array.store, f"{array.path}/{layout.file(row)}") as put:
+        put(array.index)
+        for part in parts:
+            stored = as_stored(part, array.dtype)
+            ends = (at + stored.shape[0], *stored.shape[1:])
+            bounds = [(row, row + 1), (at, ends[0]), *((0, end) for end in ends[1:])]
+            for _, outside, _ in layout.cover(bounds):
+                for raw in _chunk_parts(array, stored[outside[1:]][None]):
+                    put(raw)
+            at = ends[0]
+            yield stored
 
 
 def as_stored(values: Tensor, dtype: str) -> np.ndarray:
@@ -135,10 +169,15 @@ def chunk_checksums(array: Array, region: Region, stored: np.ndarray) -> list[in
     return [checksum(_padded(array, stored[outside])) for _, outside, _ in cover]
 
 
-def _encoded(array: Array, part: np.ndarray) -> bytes:
-    """The file of a chunk that begins with `part`."""
+def _encoded(array: Array, parts: Sequence[np.ndarray]) -> bytes:
+    """A file of chunks that begin with `parts`."""
+    return b"".join((array.index, *(raw for part in parts for raw in _chunk_parts(array, part))))
+
+
+def _chunk_parts(array: Array, part: np.ndarray) -> tuple[memoryview, bytes]:
+    """What is stored of a chunk that begins with `part`: its values and their checksum."""
     part = _padded(array, part)
-    return b"".join((part.data, checksum(part).to_bytes(4, "little")))
+    return part.data, checksum(part).to_bytes(4, "little")
 
 
 def _padded(array: Array, part: np.ndarray) -> np.ndarray:
@@ -151,23 +190,43 @@ def _padded(array: Array, part: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(part)
 
 
-def _decoded(array: Array, key: str, raw: bytes | None, known: int | None) -> np.ndarray:
-    """The values of a chunk, after checking size and checksum; known: what the checksum must be."""
-    size, dtype = array.chunk_bytes, storage_dtype(array.dtype)
-    if raw is None:
-        problem = "is missing"
-    elif len(raw) != size:
-        problem = f"does not hold {size:,} bytes"
-    else:
-        values = np.frombuffer(raw, dtype, (size - 4) // dtype.itemsize).reshape(array.layout.chunks)
-        actual = checksum(values)
-        if actual == int.from_bytes(raw[-4:], "little"):
-            if known is None or known == actual:
-                return values
-            problem = f"is {OTHER_VERSION}"
-        else:
-            problem = "does not match its checksum"
-    raise StoreError(f"{array} (chunk {key.removeprefix(array.path)[1:]}) {problem}: restore the store from a copy")
+def _chunks(
+    array: Array, key: str, runs: Sequence[Run], parts: Sequence[bytes] | None, known: Mapping[Place, int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The chunks of a file that were read as `parts`, one for each run, by number, after checking index, sizes and
+    checksums. known: what these must be.
+    """
+    size, file = array.layout.chunk_bytes(array.dtype), key.removeprefix(array.path)[1:]
+    name = f"file {file}" if array.layout.sharded else f"chunk {file}"
+    if parts is None:
+        raise _damaged(array, name, "is missing")
+    skipped = len(array.index)
+    for run, raw in zip(runs, parts, strict=True):
+        if len(raw) != skipped + len(run.numbers) * size:
+            whole = array.layout.file_bytes(array.dtype)
+            raise _damaged(array, name, f"does not hold {whole:,} bytes")
+        if raw[:skipped] != array.index[:skipped]:
+            raise _damaged(array, f"index of {file}", "is not that of its chunks")
+        for i, number in enumerate(run.numbers):
+            at = f"chunk {number} of {file}" if array.layout.sharded else name
+            begin = skipped + i * size
+            yield number, _decoded(array, at, memoryview(raw)[begin : begin + size], known.get((key, number)))
+        skipped = 0
+
+
+def _decoded(array: Array, name: str, raw: memoryview, known: int | None) -> np.ndarray:
+    """The values of a chunk, after checking its checksum; known: what that must be."""
+    values = np.frombuffer(raw[:-4], storage_dtype(array.dtype)).reshape(array.layout.chunks)
+    actual = checksum(values)
+    if actual != int.from_bytes(raw[-4:], "little"):
+        raise _damaged(array, name, "does not match its checksum")
+    if known not in (None, actual):
+        raise _damaged(array, name, f"is {OTHER_VERSION}")
+    return values
+
+
+def _damaged(array: Array, name: str, problem: str) -> StoreError:
+    return StoreError(f"{array} ({name}) {problem}: restore the store from a copy")
 
 
 def _empty(array: Array, shape: tuple[int, ...]) -> np.ndarray:

@@ -7,14 +7,11 @@ name a single path component. Nothing of a foreign document reaches zarr.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 import zarr
@@ -22,66 +19,15 @@ from zarr.abc.store import Store as ZarrStore
 
 from ...errors import StoreError
 from .files import fetch, shown
+from .layout import BF16_NAN, Layout, storage_dtype
 from .untrusted import loads, mismatch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BF16_NAN = 0x7FC0
 MAX_DOCUMENT = 40_000_000  # bytes of a zarr.json: the records of 50,000 layers
 MAX_CHUNK = 2**31
 MAX_ARRAY = 2**40
-PROBED = 2**28  # bytes above which an array must show its first chunk before memory is set aside for it
 MAX_NAME = 512
 _GROUP_FIELDS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What an array must look like: shape, chunk shape, the dtypes it may have; lower: no chunk above the diagonal."""
-
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    lower: bool = False
-
-    def chunk_keys(self) -> Iterator[str]:
-        """The keys below the array of all chunks that must exist."""
-        counts = (range(-(-size // edge)) for size, edge in zip(self.shape, self.chunks, strict=True))
-        for index in itertools.product(*counts):
-            if not self.lower or index[1] <= index[0]:
-                yield "/".join(("c", *map(str, index)))
-
-    def bounds(self, region: Sequence[slice]) -> list[tuple[int, int]]:
-        """Begin and end of a region on every axis; axes that it does not name are whole."""
-        whole = [slice(None)] * (len(self.shape) - len(region))
-        return [part.indices(size)[:2] for part, size in zip([*region, *whole], self.shape, strict=True)]
-
-    def cover(self, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[str, tuple[slice, ...], tuple[slice, ...]]]:
-        """The chunks that a region needs: key below the array, where in the region, where in the chunk."""
-        axes = [_pieces(a, b, edge) for (a, b), edge in zip(bounds, self.chunks, strict=True)]
-        for pieces in itertools.product(*axes):
-            index, outside, inside = zip(*pieces, strict=True)
-            yield "/".join(("c", *index)), outside, inside
-
-    def chunk_bytes(self, dtype: str) -> int:
-        """Size of a chunk's file: the values and the checksum."""
-        return math.prod(self.chunks) * storage_dtype(dtype).itemsize + 4
-
-
-def _pieces(a: int, b: int, edge: int) -> list[tuple[str, slice, slice]]:
-    """The chunks of one axis that a range needs: index, where in the range, where in the chunk."""
-    return [
-        (
-            str(i),
-            slice(max(a, i * edge) - a, min(b, (i + 1) * edge) - a),
-            slice(max(a - i * edge, 0), min(b - i * edge, edge)),
-        )
-        for i in range(a // edge, -(-b // edge))
-    ]
-
-
-def storage_dtype(dtype: str) -> np.dtype:
-    """NumPy's dtype of the bytes in the store; zarr has no bfloat16."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
 
 
 def document(store: ZarrStore, path: str, node: str) -> dict[str, Any]:
@@ -116,12 +62,27 @@ def array_document(layout: Layout, dtype: str) -> dict[str, Any]:
         "node_type": "array",
         "shape": list(layout.shape),
         "data_type": storage_dtype(dtype).name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(layout.chunks)}},
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": list(layout.shard if layout.sharded else layout.chunks)},
+        },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": BF16_NAN if dtype == "bfloat16" else "NaN",
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "codecs": [_sharding(layout)] if layout.sharded else _CODECS,
         "attributes": {"dtype": dtype},
         "storage_transformers": [],
+    }
+
+
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def _sharding(layout: Layout) -> dict[str, Any]:
+    """The codec that keeps the chunks of a row in one file."""
+    chunks = {"chunk_shape": list(layout.chunks), "codecs": _CODECS}
+    return {
+        "name": "sharding_indexed",
+        "configuration": {**chunks, "index_codecs": _CODECS, "index_location": "start"},
     }
 
 
@@ -146,21 +107,18 @@ def checked_array(store: ZarrStore, path: str, layout: Layout, raw: bytes | None
     if wrong:
         said = ", ".join(name if name in wanted else repr(name)[:40] for name in wrong)
         raise StoreError(f"{where} has an unexpected {said}: it is damaged, or not written by prep")
-    if check_size(layout, dtype, where) > PROBED:
-        first = next(layout.chunk_keys())
-        if len(fetch(store, f"{path}/{first}", 2, layout.chunk_bytes(dtype) - 1) or b"") != 1:
-            raise StoreError(f"{where}: chunk {first} is missing or of another size: restore the store from a copy")
+    check_size(layout, dtype, where)
     return dtype
 
 
-def check_size(layout: Layout, dtype: str, where: str) -> int:
-    """The size of an array in bytes; StoreError if it is too large to be credible."""
-    size, chunk = math.prod(layout.shape) * storage_dtype(dtype).itemsize, layout.chunk_bytes(dtype)
+def check_size(layout: Layout, dtype: str, where: str) -> None:
+    """StoreError if an array, or a row of a sharded one, or a chunk is too large to be credible."""
+    size = math.prod(layout.shape[layout.sharded :]) * storage_dtype(dtype).itemsize
+    chunk = layout.chunk_bytes(dtype)
     if size > MAX_ARRAY or chunk > MAX_CHUNK:
         raise StoreError(
             f"{where} claims {size / 1e9:,.0f} GB in chunks of {chunk / 1e9:,.1f} GB: too large to be true"
         )
-    return size
 
 
 def _plain(value: Any) -> Any:

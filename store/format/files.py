@@ -12,8 +12,8 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
@@ -43,12 +43,21 @@ def fetch(store: ZarrStore, key: str, limit: int, start: int = 0) -> bytes | Non
     """Bytes start to start + limit of a file, fewer where it ends before, None where there is none."""
     if not isinstance(store, LocalStore):
         return sync(fetch_async(store, key, limit, start))
+    parts = _fetch_local(store, key, [(start, start + limit)])
+    return None if parts is None else parts[0]
+
+
+def _fetch_local(store: LocalStore, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes] | None:
+    """Ranges of bytes of a file, each shorter where it ends before, None where there is none."""
     try:
         with open(f"{store.root}/{key}", "rb", opener=_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError("no regular file")
-            file.seek(start)
-            return file.read(limit)
+            parts = []
+            for start, end in ranges:
+                file.seek(start)
+                parts.append(file.read(end - start))
+            return parts
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -72,15 +81,36 @@ async def fetch_async(store: ZarrStore, key: str, limit: int, start: int = 0) ->
 
 def fetch_each(store: ZarrStore, limits: Mapping[str, int], use: Callable[[str, bytes | None], None]) -> None:
     """Call `use(key, bytes)` for the file of every key, as `fetch` gives it with the key's limit."""
+    ranges = {key: [(0, limit)] for key, limit in limits.items()}
+    fetch_runs(store, ranges, lambda key, parts: use(key, None if parts is None else parts[0]))
+
+
+def fetch_runs(
+    store: ZarrStore,
+    ranges: Mapping[str, Sequence[tuple[int, int]]],
+    use: Callable[[str, list[bytes] | None], None],
+) -> None:
+    """Call `use(key, parts)` with the ranges of bytes, start to end, of the file of every key, each shorter where the
+    file ends before; None where there is no file.
+    """
     if isinstance(store, LocalStore):
-        for key, limit in limits.items():
-            use(key, fetch(store, key, limit))
+        for key, wanted in ranges.items():
+            use(key, _fetch_local(store, key, wanted))
         return
+    found: dict[str, list[bytes | None]] = {key: [None] * len(wanted) for key, wanted in ranges.items()}
+    left = {key: len(wanted) for key, wanted in ranges.items()}
 
-    async def one(key: str) -> None:
-        use(key, await fetch_async(store, key, limits[key]))
+    async def one(item: tuple[str, int]) -> None:
+        key, number = item
+        start, end = ranges[key][number]
+        found[key][number] = await fetch_async(store, key, end - start, start)
+        left[key] -= 1
+        if not left[key]:
+            parts = found.pop(key)
+            there = [part for part in parts if part is not None]
+            use(key, there if len(there) == len(parts) else None)
 
-    at_once(one, limits)
+    at_once(one, [(key, number) for key, wanted in ranges.items() for number in range(len(wanted))])
 
 
 def put_each(store: ZarrStore, contents: Mapping[str, Item], encode: Callable[[Item], bytes]) -> None:
@@ -129,16 +159,38 @@ async def _one_by_one(work: Callable[[Item], Awaitable[None]], left: deque[Item]
 
 
 def _put_local(path: str, content: bytes) -> None:
+    with _partial(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def _partial(path: str) -> Iterator[BinaryIO]:
+    """Inside, a file is written that then takes the place of the one at `path`, or goes after an error."""
     partial = f"{path}.partial"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
+
+
+@contextlib.contextmanager
+def put_stream(store: ZarrStore, key: str) -> Iterator[Callable[[bytes | memoryview], object]]:
+    """Inside, what the yielded function is given is written to a file, which is there whole at the end or not at all.
+
+    On a disk at once; a file at a URL is kept in memory until it is whole.
+    """
+    if isinstance(store, LocalStore):
+        with _partial(f"{store.root}/{key}") as file:
+            yield file.write
+        return
+    parts: list[bytes | memoryview] = []
+    yield parts.append
+    sync(store.set(key, to_buffer(b"".join(parts))))
 
 
 def unreadable(store: ZarrStore, key: str, error: Exception) -> StoreError:

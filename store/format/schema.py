@@ -25,8 +25,9 @@ from zarr.storage import LocalStore, StorePath
 
 from ...errors import StoreError
 from .arrays import Array, as_stored, create_array, open_array, open_arrays, read, read_each, write
-from .documents import DTYPES, Layout, attributes, check_name, check_shape, document, is_count, put_attributes, sealed
+from .documents import DTYPES, attributes, check_name, check_shape, document, is_count, put_attributes, sealed
 from .files import fetch, shown
+from .layout import Layout
 from .zarr_core import group_of
 
 __all__ = [
@@ -57,8 +58,8 @@ __all__ = [
 ]
 
 FORMAT = "prep"
-FORMAT_VERSION = 1
-SLAB = 64  # ranks per chunk of U and P
+FORMAT_VERSION = 2
+SLAB = 64  # ranks per chunk of a basis
 ROWS = 64  # layers per chunk of S and the spectrum
 SAMPLE_ROWS = 1024  # tokens per chunk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -68,6 +68,7 @@ _COPY = {"source": ("recipe", "checkpoint", "module"), "name": Word, "id?": Word
 _COPY |= {"files?": (str, NULL), "config?": (NULL, dict)}
 BASIS = {
     "status": ("complete", "incomplete"),
+    "layout?": (1, 2),
     "method": {
         "metric": METRICS,
         "rank": int,

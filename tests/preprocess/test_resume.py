@@ -207,7 +207,7 @@ def test_an_interrupted_overwrite_of_a_basis_is_resumed_and_harms_nothing(made, 
         return prep.decompose(run.store, rank=6, overwrite=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr("prep.store.bases.FLUSH_SECONDS", 0.0)
+        patch.setattr("prep.store.basis_writer.FLUSH_SECONDS", 0.0)
         killed(monkeypatch, replace, 3, BasisWriter, "note")
     bases = open_store(run.store).bases
     assert bases["full"].hash == before and len(bases.pending("full").layers) == 3
