@@ -132,13 +132,12 @@ class LayerMoment:
         """Read from the lower-triangle chunks; the strict upper triangle is mirrored."""
         name = self._prefix + name
         array = schema.open_array(self._group, name, self.arrays[name])
-        try:
-            C = torch.empty(array.layout.shape, dtype=schema.DTYPES[array.dtype])
-        except RuntimeError as error:
-            raise StoreError(f"{array} does not fit into memory: {array.layout.shape} in {array.dtype}") from error
+        C: Tensor | None = None
         for (rows, columns), panel in read_parts(array, self._hashes[name]):
+            C = _square(array) if C is None else C
             C[rows, columns] = panel
             C[: rows.start, rows] = panel[:, : rows.start].T
+        assert C is not None
         return C
 
     def _need(self, kind: str, what: str) -> None:
@@ -147,6 +146,13 @@ class LayerMoment:
                 f"{self.layer} has the moment kind {self.kind}, no {what}: "
                 f"calibrate with `prep covariance --moment {kind}`"
             )
+
+
+def _square(array: schema.Array) -> Tensor:
+    try:
+        return torch.empty(array.layout.shape, dtype=schema.DTYPES[array.dtype])
+    except RuntimeError as error:
+        raise StoreError(f"{array} does not fit into memory: {array.layout.shape} in {array.dtype}") from error
 
 
 class Moments(Mapping[str, LayerMoment]):

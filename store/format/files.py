@@ -51,12 +51,13 @@ def _fetch_local(store: LocalStore, key: str, ranges: Sequence[tuple[int, int]])
     """Ranges of bytes of a file, each shorter where it ends before, None where there is none."""
     try:
         with open(f"{store.root}/{key}", "rb", opener=_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError("no regular file")
             parts = []
             for start, end in ranges:
                 file.seek(start)
-                parts.append(file.read(end - start))
+                parts.append(file.read(max(min(end, status.st_size) - start, 0)))  # no memory for what is not there
             return parts
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None

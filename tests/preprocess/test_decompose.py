@@ -534,7 +534,7 @@ def test_the_command_that_a_damaged_basis_advises_works(llama, tmp_path, damage)
     elif damage == "metadata gone":
         (folder / "zarr.json").unlink()
     else:
-        next(folder.glob("*/U/c/0/0/0")).unlink()
+        next(folder.glob("*/UP/c/0/0/0")).unlink()
     if damage != "chunk gone":
         with pytest.raises(StoreError) as refused:
             _ = prep.open_store(store).bases["identity-bottom"]

@@ -272,8 +272,8 @@ def test_attach_asks_for_what_it_needs(made, hub):
     for shape in basis.shapes:
         top = f"bases/full/{shape[0]}x{shape[1]}"
         for role, layout in basis.arrays(shape).items():
-            if role in "USP":
-                needed |= {f"{top}/{role}/zarr.json", *(f"{top}/{role}/{key}" for key in layout.chunk_keys())}
+            if role in ("UP", "S"):
+                needed |= {f"{top}/{role}/zarr.json", *(f"{top}/{role}/{key}" for key in layout.file_keys())}
     marked = f"/me/store/resolve/{hub.repos[REPO].order[-1]}/"
     asked = [path for _, path, _ in hub.log if path.startswith("/me/")]
     assert all(path.startswith(marked) for path in asked)
@@ -311,7 +311,7 @@ def test_no_more_is_fetched_than_a_store_can_hold(made, hub, tmp_path):
     push(made / "old", URL)
     repo = hub.repos[REPO]
     tree = dict(repo.commits[repo.order[-1]])
-    chunk = next(name for name in tree if "/P/c/" in name)
+    chunk = next(name for name in tree if "/UP/c/" in name)
     repo.add({**tree, chunk: ("text", bytes(10**6)), "bases/more/c/0": ("text", bytes(10**6))})
     with pytest.raises(StoreError, match=f"{URL}/{chunk} is larger than"):
         pull(URL, tmp_path / "back")

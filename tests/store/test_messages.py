@@ -165,7 +165,7 @@ READ = {
     ),
     "a newer format": (
         lambda: open_store("newer"),
-        "newer has the format version 99, this prep-bases reads up to 1: upgrade prep-bases",
+        "newer has the format version 99, this prep-bases reads up to 2: upgrade prep-bases",
     ),
     "a damaged root": (
         lambda: open_store("no-root"),
@@ -542,7 +542,7 @@ WHOLE = {
     ),
     "a newer format": (
         lambda: verify("newer"),
-        "newer has the format version 99, this prep-bases reads up to 1: upgrade prep-bases",
+        "newer has the format version 99, this prep-bases reads up to 2: upgrade prep-bases",
     ),
     "a damaged root": (lambda: verify("no-root"), "no-root cannot be opened as a store (...): name another --store"),
     "no such model": (

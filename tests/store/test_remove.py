@@ -194,7 +194,7 @@ DAMAGES = {
     "no metadata": (lambda at: (at / "zarr.json").unlink(), "damaged, its zarr.json cannot be read"),
     "broken metadata": (lambda at: (at / "zarr.json").write_text("{"), "damaged, its zarr.json cannot be read"),
     "a chunk is gone": (
-        lambda at: (at / "48x32" / "U" / "c" / "1" / "0" / "0").unlink(),
+        lambda at: (at / "48x32" / "UP" / "c" / "1" / "0" / "0").unlink(),
         "damaged, 1 of its files are missing or of another size",
     ),
     "a chunk is short": (
@@ -235,7 +235,7 @@ def test_a_basis_damaged_by_hand_is_removed(store, damage):
 
 
 def test_a_damaged_basis_with_other_options_is_not_replaced_unasked(store):
-    (store / "bases" / "full" / "48x32" / "U" / "c" / "1" / "0" / "0").unlink()
+    (store / "bases" / "full" / "48x32" / "UP" / "c" / "1" / "0" / "0").unlink()
     before = tiny.contents(store)
     with pytest.raises(StoreError, match=r"with other options \(.*damping"):
         prep.decompose(store, damping=0.1, quiet=True)

@@ -82,7 +82,7 @@ def test_the_page_states_codecs_fill_values_and_triangle(store):
     }
     assert chunks == {"0": "1", "1": "1"}  # (0, 0), (1, 0) and (1, 1); the upper (0, 1) is not written
     assert not (path / "moments" / LAYER / "second_moment" / "c" / "0" / "1").exists()
-    bf16 = json.loads((path / "bases" / "identity" / "40x700" / "U" / "zarr.json").read_text())
+    bf16 = json.loads((path / "bases" / "identity" / "40x700" / "UP" / "zarr.json").read_text())
     assert bf16["data_type"] == "uint16"
     assert bf16["fill_value"] == 0x7FC0
     assert bf16["attributes"]["dtype"] == "bfloat16"
@@ -120,9 +120,12 @@ def test_plain_zarr_reads_the_arrays_and_would_write_the_same_files(stacked, tmp
 
     path, layers, given = stacked
     for dtype in schema.DTYPES:
-        for role, edges in {"U": (1, 3, 9), "P": (1, 3, 8), "S": (2, 7), "spectrum": (2, 8)}.items():
-            rows = [given[dtype, layer][["U", "S", "P", "spectrum"].index(role)] for layer in layers]
-            values = torch.stack([x.T if role == "U" else x for x in rows])
+        for role, edges in {"UP": (1, 3, 17), "S": (2, 7), "spectrum": (2, 8)}.items():
+            parts = [
+                {"UP": torch.cat([U.T, P], 1), "S": S, "spectrum": spectrum}
+                for U, S, P, spectrum in (given[dtype, layer] for layer in layers)
+            ]
+            values = torch.stack([one[role] for one in parts])
             kept = values if role in ("S", "spectrum") else values.to(schema.DTYPES[dtype])
             bits = kept.view(torch.uint16).numpy() if kept.dtype == torch.bfloat16 else kept.numpy()
             stored = zarr.open_array(str(path / "bases" / dtype / "9x8" / role), mode="r")
@@ -132,6 +135,7 @@ def test_plain_zarr_reads_the_arrays_and_would_write_the_same_files(stacked, tmp
                 str(tmp_path / "plain"),
                 shape=bits.shape,
                 chunks=edges,
+                shards={"shape": (1, 9, 17), "index_location": "start"} if role == "UP" else None,
                 dtype=bits.dtype,
                 fill_value=stored.fill_value,
                 serializer=zarr.codecs.BytesCodec(endian="little"),
@@ -171,7 +175,7 @@ def test_mean_squares_are_read_from_the_chunks_on_the_diagonal(store):
         _ = moment.diagonal
 
 
-def test_a_region_is_written_in_whole_chunks(stacked):
+def test_a_region_is_written_in_whole_files(stacked):
     root = prep.open_store(stacked[0], "r+").root
     layout = schema.Layout((5, 7), (2, 7), ("float64",))
     array = schema.open_array(root, "bases/float64/9x8/S", layout)
@@ -182,7 +186,7 @@ def test_a_region_is_written_in_whole_chunks(stacked):
         ((slice(0, 2),), torch.zeros(1, 7)),
         ((slice(0, 2), slice(0, 3)), torch.zeros(2, 3)),
     ]:
-        with pytest.raises(ValueError, match="are not the whole chunks of"):
+        with pytest.raises(ValueError, match="are not the whole files of"):
             schema.write(array, region, values)
     assert torch.equal(schema.read(array), before)
     schema.write(array, (slice(4, 5),), torch.ones(1, 7))

@@ -44,7 +44,7 @@ def which(location):
 
 def damaged(store, path):
     source = Path(shutil.copytree(store, path))
-    chunk = next(file for file in files(source) if "/P/c/" in file.as_posix())
+    chunk = next(file for file in files(source) if "/UP/c/" in file.as_posix())
     chunk.write_bytes(flip(chunk.read_bytes(), 3, 1))
     return source
 
@@ -180,7 +180,7 @@ def test_a_damaged_source_arrives_nowhere_and_harms_nothing(made, tmp_path, over
     for location in ("memory://harm/c.zarr", (place / "c.zarr").as_uri()):
         if overwrite:
             push(made / "old", location)
-        with pytest.raises(StoreError, match=r"damaged: bases/full.*/P"):
+        with pytest.raises(StoreError, match=r"damaged: bases/full.*/UP"):
             push(bad, location, overwrite=overwrite)
         if overwrite:
             assert which(location) == "old"
