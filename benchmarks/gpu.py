@@ -39,7 +39,7 @@ from prep.preprocess.model.network import Network, weight_record
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.accumulators import mapped, moment_kind, moments_of
 from prep.preprocess.numerics.device_sums import DeviceGram, full_product, in_range, product_on
-from prep.store import BasisWriter, LayerRecord, begin_moments, create_store, write_site
+from prep.store import BasisWriter, LayerRecord, MomentWriter, begin_moments, create_store
 from prep.store.checkpoint import begin_slot, write_sums
 
 SECTIONS = ("pass", "products", "error", "state", "attach", "step")
@@ -267,7 +267,9 @@ def state(bench: Bench) -> dict[str, Any]:
     }
     attrs = {"id": "0", "model": {"id": "m"}, "corpus": None, "options": None, "status": "incomplete"}
     root = create_store(Path(tempfile.mkdtemp()) / "s", attrs).root
-    begin_moments(root, {site.name: list(site.members) for site in part.sites}, {})
+    shapes = {site.name: dict(zip(site.members, site.shapes, strict=True)) for site in part.sites}
+    begin_moments(root, shapes, {site.name: part.sums[site.name].data().kind for site in part.sites}, {})
+    writer = MomentWriter(root, "float64")
     slot = begin_slot(root)
 
     def checkpoint() -> None:
@@ -276,7 +278,7 @@ def state(bench: Bench) -> dict[str, Any]:
                 writers.submit(write_sums, root, slot, name, mapped(sums.data(), Tensor.cpu))
 
     def write(name: str, sums: Any) -> None:
-        write_site(root["moments"], name, moments_of(name, sums, members[name]), "float64")
+        writer.note(writer.put(name, moments_of(name, sums, members[name])))
 
     def finish() -> None:
         with Writers() as writers:

@@ -45,7 +45,7 @@ from prep.preprocess.model.forward import text_forward
 from prep.preprocess.model.network import Network, weight_record
 from prep.preprocess.model.sites import find_sites, target_layers
 from prep.preprocess.numerics.accumulators import moment_kind, moments_of
-from prep.store import begin_moments, create_store, write_site
+from prep.store import MomentWriter, begin_moments, create_store
 from prep.store.checkpoint import finish
 from prep.store.format.schema import panels
 
@@ -155,9 +155,14 @@ class Bench:
             described = models.describe(self.net, self.options.model, None)
             attrs = {"id": moment, "model": described, "corpus": {}, "options": {}, "status": "complete"}
             root, sites = create_store(path, attrs).root, self.moments[moment]
-            begin_moments(root, {site: list(data.members) for site, data in sites.items()}, {})
+            shapes = {
+                site: {name: tuple(one["shape"]) for name, one in data.members.items()} for site, data in sites.items()
+            }
+            begin_moments(root, shapes, {site: data.kind for site, data in sites.items()}, {})
+            writer = MomentWriter(root, "float64")
             for site, data in sites.items():
-                write_site(root["moments"], site, data, "float64")
+                writer.note(writer.put(site, data))
+            writer.flush()
             finish(root, {})
         return str(path)
 

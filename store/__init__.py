@@ -11,18 +11,20 @@ if TYPE_CHECKING:
     from .bases import Bases
     from .basis import Basis, BasisSet
     from .basis_writer import BasisWriter
-    from .moments import LayerMoment, Moments, begin_moments
+    from .moment_writer import MomentWriter, begin_moments
+    from .moments import LayerMoment, Moments
     from .record import LayerRecord
-    from .site import SiteData, read_site, write_site
+    from .site import SiteData
 
 _EXPORTS = {
     **dict.fromkeys(("Store", "create_store", "open_store"), ".artifact"),
     "Bases": ".bases",
     **dict.fromkeys(("Basis", "BasisSet"), ".basis"),
     "BasisWriter": ".basis_writer",
-    **dict.fromkeys(("LayerMoment", "Moments", "begin_moments"), ".moments"),
+    **dict.fromkeys(("MomentWriter", "begin_moments"), ".moment_writer"),
+    **dict.fromkeys(("LayerMoment", "Moments"), ".moments"),
     "LayerRecord": ".record",
-    **dict.fromkeys(("SiteData", "read_site", "write_site"), ".site"),
+    "SiteData": ".site",
 }
 
 __all__ = [
@@ -32,14 +34,13 @@ __all__ = [
     "BasisWriter",
     "LayerMoment",
     "LayerRecord",
+    "MomentWriter",
     "Moments",
     "SiteData",
     "Store",
     "begin_moments",
     "create_store",
     "open_store",
-    "read_site",
-    "write_site",
 ]
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .format import schema
 from .format.zarr_core import sync
-from .moments import seal_sites
-from .site import HALF, HALF_DTYPE, SiteData, read_site, write_site
+from .moment_writer import seal_sites
+from .site import HALF, HALF_DTYPE, SiteData
+from .site_group import read_site, write_site
 
 _SMALL = torch.finfo(torch.float32).smallest_normal / torch.finfo(torch.float32).eps
 
@@ -98,7 +99,7 @@ def read_half(root: zarr.Group, site: str) -> SiteData | None:
 
 
 def finish(root: zarr.Group, attrs: Mapping[str, Any]) -> None:
-    """Seal the sites and remove the slots, then set root attributes and forget the checkpoint in one step.
+    """Remove the slots, then set root attributes, with a hash of all sites, and forget the checkpoint in one step.
 
     By then the checkpoint names no sites, so a run that is killed between the two steps does not look for the slots.
     """

@@ -26,7 +26,7 @@ from .basis_layout import group_key
 from .format import schema
 from .format.documents import document
 from .format.layout import Layout
-from .manifest import basis_entries, files, is_beside, site_entries
+from .manifest import basis_entries, files, is_beside, moment_entries
 from .moments import LayerMoment
 from .record import SHARES, LayerRecord
 from .site import HALF, VECTORS
@@ -94,40 +94,28 @@ def _noted(report: Report, where: str) -> Iterator[None]:
 
 def _moments(store: Store, report: Report, weights: Mapping[str, Tensor], numerics: bool) -> None:
     moments = store.moments
-    report.entries["moments"] = None
+    read = []
     for site, layers in moments.sites.items():
         with _noted(report, f"moments/{site}"):
             moment = moments[layers[0]]
             report.sites += 1
-            report.entries |= site_entries(moment)
+            read.append(moment)
             _site(moment, report, numerics)
             if set(moment.members) != set(layers):
                 report.add(f"moments/{site}", "lists other members than /moments")
             for layer, member in moment.members.items():
                 _weight(layer, member, weights, report)
+    report.entries |= moment_entries(read)
 
 
 def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
     """Hash, definiteness and consistency of one site's arrays."""
     top = f"moments/{moment.site}"
-    attrs = schema.attributes(moment._group, {"arrays": dict})
-    hashes: dict[str, str] = attrs["arrays"]
-    if set(hashes) != set(moment.arrays):
-        report.add(
-            top, f"`arrays` lists {', '.join(sorted(hashes))}, the kind needs {', '.join(sorted(moment.arrays))}"
-        )
-    if moment.hash != schema.content_hash(f"{name} {hashes[name]}" for name in sorted(hashes)):
-        report.add(top, "the content hash is not that of its arrays' hashes")
     values: dict[str, list[Tensor]] = {}
-    for name, layout in moment.arrays.items():
+    for name in moment.arrays:
         with _noted(report, f"{top}/{name}"):
-            array = schema.open_array(moment._group, name, layout)
-            regions = [(slice(a, b), slice(0, b)) for a, b in schema.panels(layout.shape[0])] if layout.lower else [()]
-            parts = [schema.read(array, region) for region in regions]
-            _count(report, parts)
-            if hashes.get(name) != schema.content_hash(schema.as_stored(part, array.dtype) for part in parts):
-                report.add(f"{top}/{name}", "the values do not match their hash: restore the store from a copy")
-            values[name] = parts
+            values[name] = moment.read(name)
+            _count(report, values[name])
     if not numerics:
         return
     own: dict[str, list[Tensor]] = {}

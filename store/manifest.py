@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from .artifact import Store
 from .basis import BasisSet
 from .basis_layout import group_key
 from .format.layout import Layout
 from .moments import LayerMoment
-from .site import HALF
 
 CARD = "README.md"  # what `prep push` writes beside a store on the hub
 # what repositories, copies of them and caches keep beside a store, and is none of it
@@ -30,9 +30,7 @@ def manifest(store: Store) -> dict[str, Layout | None]:
     bases = store.bases
     if store.corpus is not None:
         moments = store.moments
-        entries["moments"] = None
-        for layers in moments.sites.values():
-            entries |= site_entries(moments[layers[0]])
+        entries |= moment_entries(moments[layers[0]] for layers in moments.sites.values())
     if bases.names:
         entries["bases"] = None
     for name in bases:
@@ -40,17 +38,18 @@ def manifest(store: Store) -> dict[str, Layout | None]:
     return entries
 
 
-def site_entries(moment: LayerMoment) -> dict[str, Layout | None]:
-    """The part of a manifest that is one site."""
-    top = f"moments/{moment.site}"
-    entries: dict[str, Layout | None] = {top: None}
-    if moment.kind == "output":
-        entries[f"{top}/output"] = None
-    if moment.half is not None:
-        entries[f"{top}/{HALF}"] = None
-        if moment.kind == "output":
-            entries[f"{top}/{HALF}/output"] = None
-    return entries | {f"{top}/{name}": layout for name, layout in moment.arrays.items()}
+def moment_entries(moments: Iterable[LayerMoment]) -> dict[str, Layout | None]:
+    """The part of a manifest that is the moments of some sites."""
+    layouts: dict[str, Layout] = {}
+    rows: dict[str, set[int]] = {}
+    for place in (place for moment in moments for place in moment.places.values()):
+        path = f"moments/{place.path}"
+        layouts[path] = place.layout
+        if place.row is not None:
+            rows.setdefault(path, set()).add(place.row)
+    groups = {"/".join(parts[:i]) for path in layouts for parts in [path.split("/")] for i in range(1, len(parts))}
+    there = {path: replace(layouts[path], rows=tuple(sorted(held))) for path, held in rows.items()}
+    return {"moments": None, **dict.fromkeys(sorted(groups)), **layouts, **there}
 
 
 def basis_entries(basis: BasisSet) -> dict[str, Layout | None]:

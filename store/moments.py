@@ -1,18 +1,18 @@
-"""Activation moments in a store: /moments/<site>/, one group per site. Shapes: d = d_in of the site's layers.
+"""Reading the activation moments of a store. Shapes: d = d_in of a site's layers, m = d_out of one of them.
 
-second_moment (d, d)    C = E[x x^T], uncentred, over real tokens; only the lower-triangle chunks are written
-diagonal (d,)           E[x_i^2], where C is not kept
-output/<layer> (m, m)   E[y y^T] of y = W x without bias, m = d_out; lower-triangle chunks
-mean (d,)               E[x]
-half/...                the same arrays over the first half of the tokens, float32, where the calibration kept it
-tokens (n, d)           inputs of a uniform random sample of the tokens, float32, where the calibration kept one
-priorities (n,)         the random numbers by which they were taken, see sample.py
+second_moment (d, d)   C = E[x x^T], uncentred, over real tokens
+diagonal (d,)          E[x_i^2], where C is not kept
+output (m, m)          E[y y^T] of y = W x without bias, of each layer of a site of that kind
+mean (d,)              E[x]
+half                   the same over the first half of the tokens, float32, where the calibration kept it
+tokens (n, d)          inputs of a uniform random sample of the tokens, float32, where the calibration kept one
+priorities (n,)        the random numbers by which they were taken, see sample.py
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,21 @@ from torch import Tensor
 from ..errors import StoreError, did_you_mean
 from .display import html_table
 from .format import schema
-from .format.arrays import OTHER_VERSION
-from .format.untrusted import MOMENTS, SITE
-from .site import HALF, check_hashes, checked_half, checked_sample, combined, read_parts, site_arrays
-from .site import SiteData as SiteData
+from .format.arrays import OTHER_VERSION, Region
+from .format.untrusted import MOMENTS
+from .moment_layout import MomentPlace, Stacks
+from .site import (
+    HALF,
+    SiteData,
+    check_hashes,
+    checked_half,
+    checked_sample,
+    combined,
+    read_parts,
+    site_arrays,
+    site_data,
+)
+from .version1 import SiteGroups
 
 IDLE = "no token of the data was routed to it"  # why an expert is skipped
 
@@ -34,32 +45,37 @@ class LayerMoment:
     """The moments of one layer's input, read when asked for: `.second_moment`, `.diagonal`, `.output`, `.mean`, and
     `.tokens`, a sample of `.sampled` inputs.
 
-    sealed: the site's hash as /moments has it, "" where it has none.
+    opened: the array at a place, checked.
     """
 
-    def __init__(self, layer: str, site: str, group: zarr.Group, sealed: str = ""):
-        attrs = schema.attributes(group, SITE)
-        self.layer, self.site, self.kind = layer, site, str(attrs["kind"])
-        self.count = int(attrs["count"])
-        self.members: dict[str, dict[str, Any]] = attrs["members"]
-        self.hash = str(attrs["hash"])
-        self._hashes: dict[str, str] = attrs["arrays"]
+    def __init__(
+        self,
+        layer: str,
+        site: str,
+        source: Stacks | SiteGroups,
+        opened: Callable[[MomentPlace], schema.Array],
+    ):
+        record, where = source.record(site), source.where(site)
+        self.layer, self.site, self.kind = layer, site, str(record["kind"])
+        self.count = int(record["count"])
+        self.members: dict[str, dict[str, Any]] = record["members"]
+        self.hash = str(record["hash"])
+        self.hashes: dict[str, str] = record["arrays"]
         if not schema.is_count(self.count):
-            raise StoreError(
-                f"{schema.name_of(group)} has the kind {self.kind!r} of {self.count} tokens: it is damaged"
-            )
-        if sealed not in ("", self.hash):
-            raise StoreError(f"{schema.name_of(group)} is {OTHER_VERSION}: restore the store from a copy")
+            raise StoreError(f"{where} has the kind {self.kind!r} of {self.count} tokens: it is damaged")
         shapes = {name: schema.check_shape(member["shape"], name) for name, member in self.members.items()}
         if len({d_in for _, d_in in shapes.values()}) != 1:
-            raise StoreError(f"{schema.name_of(group)} has members of several widths: it is damaged")
+            raise StoreError(f"{where} has members of several widths: it is damaged")
         self.shape = shapes[layer]
         self.weight_hash = str(self.members[layer]["weight_hash"])
         self.share = 1.0
-        self._half, self._prefix, self._group = checked_half(group, attrs), "", group
-        self.sampled = checked_sample(group, attrs)
-        self.arrays = site_arrays(self.kind, shapes, self._half is not None, self.sampled)
-        check_hashes(group, attrs, self.arrays)
+        self._record, self._opened = record, opened
+        self._half, self._prefix = checked_half(record, where), ""
+        self.sampled = checked_sample(record, where)
+        known = (self.kind, shapes, self._half is not None, self.sampled)
+        self.arrays = site_arrays(*known)
+        check_hashes(record, where, self.arrays)
+        self.places = source.places(site, *known)
 
     def __repr__(self) -> str:
         return f"LayerMoment({self.layer!r}, kind={self.kind!r}, d_in={self.shape[1]}, count={self.count:,})"
@@ -118,23 +134,37 @@ class LayerMoment:
         """
         if self.kind != "full":
             return self.diagonal
-        name = self._prefix + "second_moment"
-        array = schema.open_array(self._group, name, self.arrays[name])
-        blocks = [(slice(a, b), slice(a, b)) for a, b in schema.panels(self.shape[1])]
-        return torch.cat([block.diagonal() for block in schema.read_each([(array, block) for block in blocks])])
+        array, row = self._at("second_moment")
+        blocks: list[Region] = [(*row, slice(a, b), slice(a, b)) for a, b in schema.panels(self.shape[1])]
+        parts = schema.read_each([(array, block) for block in blocks])
+        return torch.cat([part[0 if row else ...].diagonal() for part in parts])
+
+    def data(self) -> SiteData:
+        """All that is kept of the site, symmetric matrices as panels."""
+        return site_data(self._record, {name: self.read(name) for name in self.arrays})
+
+    def read(self, name: str) -> list[Tensor]:
+        """One of its `arrays`: the panels of a symmetric matrix, or one tensor."""
+        return [part for _, part in self._parts(name)]
+
+    def _parts(self, name: str) -> Iterator[tuple[Region, Tensor]]:
+        place = self.places[name]
+        return read_parts(self._opened(place), self.hashes[name], place.row)
+
+    def _at(self, name: str) -> tuple[schema.Array, Region]:
+        """The array that holds one of its own, and where."""
+        place = self.places[self._prefix + name]
+        return self._opened(place), () if place.row is None else (slice(place.row, place.row + 1),)
 
     def _whole(self, name: str) -> Tensor:
-        name = self._prefix + name
-        [(_, values)] = read_parts(schema.open_array(self._group, name, self.arrays[name]), self._hashes[name])
+        [values] = self.read(self._prefix + name)
         return values
 
     def _symmetric(self, name: str) -> Tensor:
         """Read from the lower-triangle chunks; the strict upper triangle is mirrored."""
-        name = self._prefix + name
-        array = schema.open_array(self._group, name, self.arrays[name])
         C: Tensor | None = None
-        for (rows, columns), panel in read_parts(array, self._hashes[name]):
-            C = _square(array) if C is None else C
+        for (rows, columns), panel in self._parts(self._prefix + name):
+            C = _square(self._opened(self.places[self._prefix + name])) if C is None else C
             C[rows, columns] = panel
             C[: rows.start, rows] = panel[:, : rows.start].T
         assert C is not None
@@ -149,10 +179,11 @@ class LayerMoment:
 
 
 def _square(array: schema.Array) -> Tensor:
+    shape = array.layout.shape[-2:]
     try:
-        return torch.empty(array.layout.shape, dtype=schema.DTYPES[array.dtype])
+        return torch.empty(shape, dtype=schema.DTYPES[array.dtype])
     except RuntimeError as error:
-        raise StoreError(f"{array} does not fit into memory: {array.layout.shape} in {array.dtype}") from error
+        raise StoreError(f"{array} does not fit into memory: {shape} in {array.dtype}") from error
 
 
 class Moments(Mapping[str, LayerMoment]):
@@ -165,16 +196,22 @@ class Moments(Mapping[str, LayerMoment]):
     def __init__(self, group: zarr.Group, sealed: str | None = None):
         attrs = schema.attributes(group, MOMENTS)
         self._group = group
+        self._opened: dict[str, schema.Array] = {}
         self.sites: dict[str, list[str]] = attrs["sites"]
         self.skipped: dict[str, str] = attrs.get("skipped", {})
-        self._hashes: dict[str, str] = attrs.get("hashes", {})
+        self._source: Stacks | SiteGroups
+        if attrs.get("layout", 1) == 1:
+            self._source = SiteGroups(group, attrs.get("hashes", {}))
+        else:
+            self._source = Stacks(group, attrs.get("groups", {}), attrs.get("records", {}))
         for site, layers in self.sites.items():
             schema.check_name(site, "site")
             for layer in layers:
                 schema.check_name(layer, "layer")
             if not layers:
                 raise StoreError(f"{schema.name_of(group)} gives the site {site} no layer: the store is damaged")
-        if sealed is not None and (self._hashes.keys() != self.sites.keys() or sealed != combined(self._hashes)):
+        hashes = self._source.hashes
+        if sealed is not None and (hashes.keys() != self.sites.keys() or sealed != combined(hashes)):
             raise StoreError(f"{schema.name_of(group)} is {OTHER_VERSION}: restore the store from a copy")
         self._site_of = {layer: site for site, layers in self.sites.items() for layer in layers}
 
@@ -185,12 +222,17 @@ class Moments(Mapping[str, LayerMoment]):
             raise StoreError(f"the store has no moments of {layer}{meant}")
         site = self._site_of[layer]
         try:
-            moment = LayerMoment(layer, site, schema.child(self._group, site), self._hashes.get(site, ""))
+            moment = LayerMoment(layer, site, self._source, self._open)
         except (KeyError, ValueError) as error:
             raise StoreError(f"the moments of {site} are missing or damaged: restore the store from a copy") from error
         if set(moment.members) != set(self.sites[site]):
-            raise StoreError(f"{schema.name_of(self._group)}/{site} lists other members than /moments: it is damaged")
+            raise StoreError(f"{self._source.where(site)} lists other members than /moments: it is damaged")
         return moment
+
+    def _open(self, place: MomentPlace) -> schema.Array:
+        if place.path not in self._opened:
+            self._opened[place.path] = schema.open_array(self._group, place.path, place.layout)
+        return self._opened[place.path]
 
     def __repr__(self) -> str:
         return f"Moments({len(self)} layers, {len(self.sites)} sites)"
@@ -211,32 +253,3 @@ class Moments(Mapping[str, LayerMoment]):
 
     def __len__(self) -> int:
         return len(self._site_of)
-
-
-def begin_moments(root: zarr.Group, sites: Mapping[str, list[str]], skipped: Mapping[str, str]) -> None:
-    """An empty /moments with the layers of every site, replacing what was there."""
-    attrs = {"sites": {site: list(layers) for site, layers in sites.items()}, "skipped": dict(skipped)}
-    root.create_group("moments", overwrite=True, attributes=schema.sealed(attrs))
-
-
-def skip_sites(root: zarr.Group, reasons: Mapping[str, str]) -> None:
-    """Take sites out of /moments and list their layers as skipped. reasons: site -> why it has no moments."""
-    if not reasons:
-        return
-    group = schema.child(root, "moments")
-    attrs = schema.attributes(group, {**MOMENTS, "skipped": {str: str}})
-    skipped = {layer: reason for site, reason in reasons.items() for layer in attrs["sites"][site]}
-    sites = {site: layers for site, layers in attrs["sites"].items() if site not in reasons}
-    schema.put_attributes(group, {**attrs, "sites": sites, "skipped": {**attrs["skipped"], **skipped}})
-
-
-def seal_sites(root: zarr.Group) -> str:
-    """Note the hash of every site in /moments, and return the hash of them all, for the root's attribute `moments`.
-
-    For the end of a calibration: from then on a site of another one is not read.
-    """
-    group = schema.child(root, "moments")
-    attrs = schema.attributes(group, MOMENTS)
-    hashes = {site: schema.attributes(schema.child(group, site), SITE)["hash"] for site in attrs["sites"]}
-    schema.put_attributes(group, {**attrs, "hashes": hashes})
-    return combined(hashes)

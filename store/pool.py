@@ -23,11 +23,11 @@ from torch import Tensor
 from ..errors import PrepError, StoreError
 from .artifact import Store, create_store, open_store
 from .checkpoint import finish
-from .format.schema import child, content_hash, disk_guard, is_url
+from .format.schema import content_hash, disk_guard, is_url
 from .lock import writer_lock
-from .moments import begin_moments
+from .moment_writer import MomentWriter, begin_moments
 from .sample import TokenSample, joined, weighted
-from .site import SiteData, read_site, write_site
+from .site import SiteData
 from .staging import check_replaceable, occupied, overlap, replacement
 from .transfer import verified
 
@@ -80,15 +80,18 @@ def _write(
     location: Path, attrs: dict[str, Any], stores: Sequence[Store], weights: Sequence[float], dtype: str
 ) -> None:
     """The pool of `stores`, with root attributes `attrs`, at a path where nothing is."""
-    sites = stores[0].moments.sites
-    skipped = {layer: why for part in stores for layer, why in part.moments.skipped.items()}
+    parts = [part.moments for part in stores]
+    skipped = {layer: why for part in parts for layer, why in part.skipped.items()}
+    first = {site: parts[0][layers[0]] for site, layers in parts[0].sites.items()}
+    shapes = {site: {layer: tuple(one.members[layer]["shape"]) for layer in one.members} for site, one in first.items()}
     root = create_store(location, attrs).root
-    begin_moments(root, sites, skipped)
-    target, sources = child(root, "moments"), [child(part.root, "moments") for part in stores]
-    for site in sites:
-        read = [read_site(source, site) for source in sources]
+    begin_moments(root, shapes, {site: one.kind for site, one in first.items()}, skipped)
+    writer = MomentWriter(root, dtype)
+    for site, layers in parts[0].sites.items():
+        read = [part[layers[0]].data() for part in parts]
         data = replace(_combined(read, weights), sample=_sample(read, weights, attrs["options"].get("keep_tokens", 0)))
-        write_site(target, site, data, dtype)
+        writer.note(writer.put(site, data))
+    writer.flush()
     finish(root, {"status": "complete"})
 
 

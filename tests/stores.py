@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from prep.store import open_store
-from prep.store.format.schema import child
-from prep.store.site import read_site
 
 GIGABYTE = 2**30
 
@@ -24,7 +22,7 @@ def everything(path):
         out[layer] = [one.kind, one.count, one.members, one.hash, one.shape, one.mean.tolist(), one.diagonal.tolist()]
         out[layer].append(_matrix(one))
         if one.sampled:
-            priorities = read_site(child(store.root, "moments"), one.site).sample.priorities
+            priorities = one.data().sample.priorities
             out[layer] += [one.tokens.tolist(), priorities.tolist()]
         if (half := one.half) is not None:
             out[f"half of {layer}"] = [

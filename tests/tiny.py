@@ -17,9 +17,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from prep.linear import layer_shape, weight_hash, weight_matrix
-from prep.store import BasisWriter, LayerRecord, begin_moments, create_store, write_site
+from prep.store import BasisWriter, LayerRecord, MomentWriter, begin_moments, create_store
 from prep.store.format.schema import put_attributes
-from prep.store.moments import seal_sites
+from prep.store.moment_writer import seal_sites
 
 SPECIAL = ["<pad>", "<unk>", "<end>"]
 WORDS = [f"w{i}" for i in range(60)]
@@ -245,9 +245,12 @@ def svd_basis(W: np.ndarray, method: dict, rank: int, rng: np.random.Generator) 
 
 def write_moments(root, sites, dtype="float64"):
     """All moments of a store, as a calibration leaves them. sites: name -> SiteData."""
-    begin_moments(root, {site: list(data.members) for site, data in sites.items()}, {})
+    shapes = {site: {name: tuple(one["shape"]) for name, one in data.members.items()} for site, data in sites.items()}
+    begin_moments(root, shapes, {site: data.kind for site, data in sites.items()}, {})
+    writer = MomentWriter(root, dtype)
     for site, data in sites.items():
-        write_site(root["moments"], site, data, dtype)
+        writer.note(writer.put(site, data))
+    writer.flush()
     put_attributes(root, {**root.attrs, "moments": seal_sites(root)})
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from zarr.storage import MemoryStore
 
 from ...precision import exact
-from ...store import write_site
+from ...store.site_group import write_site
 from ..corpus.source import Text
 from ..distributed import ALONE
 from ..memory import peak_device_memory, peak_memory

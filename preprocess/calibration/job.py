@@ -16,11 +16,12 @@ from typing import Any
 
 from ...errors import Interrupted, PrepError, StoreError
 from ...precision import exact
-from ...store import SiteData, Store, begin_moments, create_store, open_store, write_site
+from ...store import MomentWriter, SiteData, Store, begin_moments, create_store, open_store
 from ...store.checkpoint import begin_half, begin_slot, finish, read_sums, use_slot, write_half, write_sums
-from ...store.format.schema import DTYPES, disk_guard, put_attributes
+from ...store.format.schema import DTYPES, FORMAT_VERSION, disk_guard, put_attributes
 from ...store.lock import writer_lock
-from ...store.moments import IDLE, skip_sites
+from ...store.moment_writer import SiteDone, skip_sites
+from ...store.moments import IDLE
 from ...store.staging import put_in_place, resolved
 from ..corpus.source import Source
 from ..distributed import World
@@ -66,6 +67,7 @@ class Calibration:
             self._slot, self._stored = state.slot, set(state.sites)
             self._done, self._batches = set(state.done), state.batches
             self._first, self._base = state.first, state.base(self._options)
+            self._grown = None if self._base is None else self._base.moments
             self._source = self._source.after(state.first)
             sources = (self._network, self._source, self._options, self._world)
             self._devices, self._limit = ({}, 0) if self._complete else place_sums(*sources)
@@ -137,24 +139,31 @@ class Calibration:
             raise PrepError(f"no token reached {lost[0]}: use more data or leave it out with --exclude")
         root = self._begin()
         self._world.on_rank_zero(skip_sites, root, dict.fromkeys(sorted(idle), IDLE))
+        writer = MomentWriter(root, self._options.moment_dtype) if root is not None else None
+        done: list[SiteDone] = []
         with Writers() as writers:
             for site in part.sites:
                 sums = part.sums.pop(site.name)
                 if site.name in idle:
                     continue
                 if (data := whole_sums(part, site.name, sums, counts, self._world)) is not None:
-                    writers.submit(self._write_site, root, site, data)
+                    writers.submit(self._write_site, root, writer, site, data, done)
+        noted = list(self._world.gather_iter(done))
+        if writer is not None and self._world.rank == 0:
+            for one in noted:
+                writer.note(one)
+            writer.flush()
         self._world.barrier()
         self._done |= {site.name for site in part.sites}
         self._batches, self._seen = 0, self._seen | counts
         if self._world.rank == 0:
             self._use(begin_slot(root), ())
 
-    def _write_site(self, root: Any, site: Site, sums: SiteData) -> None:
-        dtype, members = self._options.moment_dtype, {name: self._network.weights[name] for name in site.members}
-        moments = moments_of(site.name, sums, members, DTYPES[dtype])
-        moments = with_half(root, site.name, moments, self._base) if self._options.halves else moments
-        write_site(root["moments"], site.name, moments, dtype)
+    def _write_site(self, root: Any, writer: MomentWriter, site: Site, sums: SiteData, done: list[SiteDone]) -> None:
+        members = {name: self._network.weights[name] for name in site.members}
+        moments = moments_of(site.name, sums, members, DTYPES[self._options.moment_dtype])
+        moments = with_half(root, site.name, moments, self._grown) if self._options.halves else moments
+        done.append(writer.put(site.name, moments))
 
     def store(self) -> Store | None:
         """The finished store, in the place that was asked for, on the process that wrote it; None on the others."""
@@ -221,7 +230,7 @@ class Calibration:
     def _begun_sums(self, site: str, stored: set[str]) -> SiteData | None:
         if site in stored:
             return read_sums(self._begin(), self._slot, site)
-        return stored_sums(self._base, site) if self._base is not None and not stored else None
+        return stored_sums(self._grown, site) if self._grown is not None and not stored else None
 
     # What is kept
 
@@ -297,9 +306,9 @@ class Calibration:
             root = create_store(self._path, attrs).root
         else:  # incomplete without a checkpoint, or with bases only, which are kept
             root = open_store(self._path, "r+").root
-            put_attributes(root, {**root.attrs, **attrs})
-        sites = {site.name: list(site.members) for site in self._network.sites}
-        begin_moments(root, sites, self._network.skipped)
+            put_attributes(root, {**root.attrs, **attrs, "format_version": FORMAT_VERSION})
+        sites = {site.name: dict(zip(site.members, site.shapes, strict=True)) for site in self._network.sites}
+        begin_moments(root, sites, self._network.kinds, self._network.skipped)
 
     def _finish(self) -> None:
         """Mark the store complete, with attributes known only now, and put it where it was asked for."""

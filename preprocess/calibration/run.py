@@ -16,6 +16,7 @@ from ...store import Store, open_store
 from ...store.checkpoint import read_checkpoint
 from ...store.format.schema import content_hash
 from ...store.staging import beside, resolved
+from ...store.version1 import is_unfinished
 from ..corpus.source import Source, Text
 from ..hub import absolute_if_local
 from ..model import loading
@@ -192,7 +193,7 @@ def growth(options: CovarianceOptions, run: Run) -> int:
 
 def _is_resumable(store: Store, run: Run) -> bool:
     """Whether a store is an unfinished one of this run."""
-    text = run.corpus["source"] != "batches"
+    text = run.corpus["source"] != "batches" and not is_unfinished(store.root)
     return text and store.status != "complete" and store.corpus is not None and not run.differences(store)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 from ...errors import PrepError
 from ...store import Store, open_store
 from ...store.checkpoint import abandon, read_checkpoint
-from ...store.format.schema import child, local_path
+from ...store.format.schema import attributes, child, local_path
+from ...store.format.untrusted import MOMENTS
 from ...store.staging import remove
+from ...store.version1 import is_unfinished
 from ..options import CovarianceOptions
 from ..progress import say
 from .run import Run, begun_from, find, is_done, other_weights
@@ -61,6 +63,11 @@ def look(options: CovarianceOptions, run: Run, sites: int, quiet: bool) -> tuple
     if known is None or known.get("first", 0) != first:
         say(f"{options.store} is incomplete and holds no checkpoint: begun anew", quiet)
         return new, existing
+    if is_unfinished(existing.root):
+        raise PrepError(
+            f"{options.store} is an unfinished calibration of format version 1: finish it with the prep that began it, "
+            "or begin anew with --overwrite"
+        )
     done = f"{len(known['done'])} of {sites} sites are done"
     say(f"{options.store} is incomplete: resumed after {known['batches']} batches, {done}", quiet)
     return replace(new, begun=True, **_fields(known)), existing
@@ -79,9 +86,9 @@ def check_done(state: State, options: CovarianceOptions, weights: Mapping[str, M
 
 def stored_weights(store: Store, done: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What a store, which may be unfinished, says of the weights of the sites that are done: layer -> record."""
-    moments = child(store.root, "moments")
-    there: Any = moments.attrs["sites"]  # not among them are experts that no token reached
-    members: list[Any] = [child(moments, site).attrs["members"] for site in done if site in there]
+    attrs = attributes(child(store.root, "moments"), {**MOMENTS, "records": dict})
+    # not among the sites are experts that no token reached
+    members = [attrs["records"][site]["members"] for site in done if site in attrs["sites"]]
     return {layer: record for one in members for layer, record in one.items()}
 
 

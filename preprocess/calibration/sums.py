@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...store import SiteData, Store, read_site
+from ...store import Moments, SiteData
 from ...store.checkpoint import read_half
-from ...store.format.schema import child
 from ...store.sample import TokenSample, joined
 from ..distributed import World
 from ..numerics.accumulators import SiteSums, mapped
@@ -59,14 +58,14 @@ def _whole_sample(sums: SiteData, size: int, owner: int, world: World) -> TokenS
     return joined([TokenSample(tokens, priorities[:n]) for tokens, priorities, n in sent], size)
 
 
-def with_half(root: Any, site: str, moments: SiteData, base: Store | None) -> SiteData:
+def with_half(root: Any, site: str, moments: SiteData, base: Moments | None) -> SiteData:
     """The moments of a site with those of its first half, where they were kept and the other half is not empty.
 
-    base: the store that has grown, whose own half may be nearer to a half of the tokens than what was kept since.
+    base: of the store that has grown, whose own half may be nearer to a half of the tokens than what was kept since.
     """
     kept = [read_half(root, site)]
-    if base is not None and site in base.moments.sites:
-        kept.append(read_site(child(base.root, "moments"), site).half)
+    if base is not None and site in base.sites:
+        kept.append(base[base.sites[site][0]].data().half)
     halves = [half for half in kept if half is not None and half.count < moments.count]
     if not halves:
         return moments
@@ -74,10 +73,10 @@ def with_half(root: Any, site: str, moments: SiteData, base: Store | None) -> Si
     return replace(moments, half=replace(half, share=half.count / moments.count))
 
 
-def stored_sums(store: Store, site: str) -> SiteData | None:
+def stored_sums(stored: Moments, site: str) -> SiteData | None:
     """The sums, float64, of which a store holds the means; None where it holds none of the site."""
-    if site not in store.moments.sites:
+    if site not in stored.sites:
         return None
-    moments = read_site(child(store.root, "moments"), site)
+    moments = stored[stored.sites[site][0]].data()
     sums = mapped(moments, lambda mean: mean.double() * moments.count)
     return replace(sums, members={}, half=None)

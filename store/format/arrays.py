@@ -25,6 +25,7 @@ from .layout import BF16_NAN, Layout, Run, storage_dtype
 
 Region = tuple[slice, ...]
 Place = tuple[str, int]  # key of a file, number of a chunk in it
+_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 OTHER_VERSION = "not the one that the metadata speak of, but of another version"
 
 
@@ -46,9 +47,15 @@ class Array:
         return self.layout.index(self.dtype) if self.layout.sharded else b""
 
 
-def create_array(group: zarr.Group, path: str, layout: Layout) -> Array:
-    """An empty array of the first of the layout's dtypes, in a group that holds none at `path`."""
-    at, dtype = group.store_path / path, layout.dtypes[0]
+def put_group(group: zarr.Group, path: str) -> None:
+    """A group without attributes at `path`; what is below it stays."""
+    at = group.store_path / path
+    put_each(at.store, {f"{at.path}/zarr.json": json.dumps(_GROUP, indent=2)}, str.encode)
+
+
+def create_array(group: zarr.Group, path: str, layout: Layout, dtype: str | None = None) -> Array:
+    """An array of a dtype, by default the first of the layout's, at `path`; chunks that are there stay."""
+    at, dtype = group.store_path / path, dtype or layout.dtypes[0]
     document = json.dumps(array_document(layout, dtype), indent=2)
     put_each(at.store, {f"{at.path}/zarr.json": document}, str.encode)
     return Array(at.store, at.path, layout, dtype)

@@ -24,7 +24,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, StorePath
 
 from ...errors import StoreError
-from .arrays import Array, as_stored, create_array, open_array, open_arrays, read, read_each, write
+from .arrays import Array, as_stored, create_array, open_array, open_arrays, put_group, read, read_each, write
 from .documents import DTYPES, attributes, check_name, check_shape, document, is_count, put_attributes, sealed
 from .files import fetch, shown
 from .layout import Layout
@@ -51,6 +51,7 @@ __all__ = [
     "open_array",
     "open_arrays",
     "put_attributes",
+    "put_group",
     "read",
     "read_each",
     "sealed",

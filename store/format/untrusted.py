@@ -53,7 +53,6 @@ ROOT = {
     "checkpoint?": (NULL, dict),
     "run?": (NULL, {"started?": str, "seconds?": float}),
 }
-MOMENTS = {"sites": {str: list}, "skipped?": {str: str}, "hashes?": {str: str}}
 SITE = {
     "kind": ("full", "diagonal", "output"),
     "members": {str: {"shape": [int], "weight_hash": Word, "weight_dtype?": Word}},
@@ -62,6 +61,14 @@ SITE = {
     "hash": str,
     "half?": {"count": int, "share": float},
     "sample?": int,
+}
+MOMENTS = {
+    "layout?": (1, 2),
+    "sites": {str: list},
+    "skipped?": {str: str},
+    "hashes?": {str: str},
+    "groups?": {str: [str]},
+    "records?": {str: SITE},
 }
 REPAIRED = {"hash": Word, "dtype": Word, "probes": [float], "error": float}
 _COPY = {"source": ("recipe", "checkpoint", "module"), "name": Word, "id?": Word, "revision?": (Word, NULL)}
