@@ -55,6 +55,7 @@ class Report:
     weights: int = 0
     findings: list[Finding] = field(default_factory=list)
     entries: dict[str, Layout | None] = field(default_factory=dict, repr=False)
+    unknown: list[str] = field(default_factory=list, repr=False)  # folders of which not all that belongs there is known
 
     def add(self, where: str, problem: str) -> None:
         """Note a finding."""
@@ -106,6 +107,7 @@ def _moments(store: Store, report: Report, weights: Mapping[str, Tensor], numeri
             for layer, member in moment.members.items():
                 _weight(layer, member, weights, report)
     report.entries |= moment_entries(read)
+    report.unknown += ["moments"] if len(read) < len(moments.sites) else []
 
 
 def _site(moment: LayerMoment, report: Report, numerics: bool) -> None:
@@ -279,7 +281,7 @@ def _strays(store: Store, report: Report) -> None:
     root = store.root.store.root
     expected = set(files(report.entries))
     # where a group could not be read, what belongs below it is not known
-    unknown = tuple(f"{finding.where.split(':')[0]}/" for finding in report.findings)
+    unknown = tuple(f"{where}/" for where in [*report.unknown, *(one.where.split(":")[0] for one in report.findings)])
     for file in sorted(root.rglob("*")):
         if (
             file.is_file()

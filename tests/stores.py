@@ -46,6 +46,12 @@ def _matrix(one):
     return (one.output if one.kind == "output" else one.second_moment).tolist()
 
 
+def place(store, layer, name):
+    """Where an array of a layer's moments is: the array's path in the store, and the row; None where it has its own."""
+    at = open_store(store).moments[layer].places[name]
+    return f"moments/{at.path}", at.row
+
+
 def files(path):
     return sorted(file for file in Path(path).rglob("*") if file.is_file())
 

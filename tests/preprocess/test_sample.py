@@ -82,7 +82,7 @@ def loaded(made):
 
 def stored_priorities(store, layer):
     moments = open_store(store).moments
-    array = open_store(store).root[f"moments/{moments[layer].site}/priorities"]
+    array = open_store(store).root[f"moments/samples/{moments[layer].site}/priorities"]
     return np.asarray(array[:])
 
 

@@ -20,7 +20,8 @@ from prep.store.pool import pool
 from prep.store.transfer import pull, push
 
 DOWN = "model.layers.1.mlp.down_proj"
-MEAN = f"moments/{DOWN}/mean"
+MEAN = "moments/full-48/mean"
+OF_DOWN = f"moments/{DOWN}/mean"  # as `verify` calls it
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +123,18 @@ def without_shares(store):
 DAMAGED = {
     "incomplete": incomplete,
     "newer": edited("", lambda attrs: attrs.update(format_version=99)),
-    "edited": edited(f"moments/{DOWN}", lambda attrs: attrs.update(count=7), seal=False),
-    "no-chunk": gone(f"{MEAN}/c/0"),
-    "bad-chunk": flipped(f"{MEAN}/c/0"),
+    "edited": edited("moments", lambda attrs: attrs["records"][DOWN].update(count=7), seal=False),
+    "no-chunk": gone(f"{MEAN}/c/0/0"),
+    "bad-chunk": flipped(f"{MEAN}/c/0/0"),
     "bad-basis": flipped("bases/full/32x48/S/c/0/0"),
     "no-array": cut(f"{MEAN}/zarr.json"),
-    "no-site": cut(f"moments/{DOWN}/zarr.json"),
     "no-moments": cut("moments/zarr.json"),
     "no-basis": cut("bases/full/zarr.json"),
     "no-root": cut("zarr.json"),
     "linked": linked_out,
     "earlier": without_shares,
     "stray": lambda store: (store / "bases" / "full" / "notes.txt").write_text("x"),
-    "two-damages": lambda store: [flipped(f"{MEAN}/c/0")(store), flipped("bases/full/32x48/S/c/0/0")(store)],
+    "two-damages": lambda store: [flipped(f"{MEAN}/c/0/0")(store), flipped("bases/full/32x48/S/c/0/0")(store)],
 }
 
 
@@ -190,26 +190,19 @@ READ = {
     ),
     "a missing chunk": (
         mean("no-chunk"),
-        "no-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) is missing: restore the store from a copy",
+        "no-chunk/moments/full-48/mean (chunk c/0/0) is missing: restore the store from a copy",
     ),
     "a flipped bit": (
         mean("bad-chunk"),
-        "bad-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) does not match its checksum: "
-        "restore the store from a copy",
+        "bad-chunk/moments/full-48/mean (chunk c/0/0) does not match its checksum: restore the store from a copy",
     ),
     "an array without metadata": (
         mean("no-array"),
-        "no-array/moments/model.layers.1.mlp.down_proj/mean is missing or its metadata is damaged: "
-        "restore the store from a copy",
-    ),
-    "a site without metadata": (
-        mean("no-site"),
-        "the moments of model.layers.1.mlp.down_proj are missing or damaged: restore the store from a copy",
+        "no-array/moments/full-48/mean is missing or its metadata is damaged: restore the store from a copy",
     ),
     "an edited attribute": (
         mean("edited"),
-        "edited/moments/model.layers.1.mlp.down_proj has attributes that do not match their hash: restore "
-        "it from a copy",
+        "edited/moments has attributes that do not match their hash: restore it from a copy",
     ),
     "moments without metadata": (
         mean("no-moments"),
@@ -225,8 +218,7 @@ READ = {
     ),
     "writing through a link": (
         lambda: open_store("linked", "r+"),
-        ".../linked/moments/model.layers.1.mlp.down_proj/mean is a link out of the store, to .../victim: put a "
-        "copy of that in its place",
+        ".../linked/moments/full-48/mean is a link out of the store, to .../victim: put a copy of that in its place",
     ),
     "two writers": (locked, "a is being written by process ... on ... for ... s: wait for it, or --break-lock"),
     "somebody else's lock": (
@@ -294,7 +286,7 @@ POOL = {
     ),
     "a damaged part": (
         pooled("b", "no-chunk"),
-        "no-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) is missing: restore the store from a copy",
+        "no-chunk/moments/full-48/mean (chunk c/0/0) is missing: restore the store from a copy",
     ),
     "an incomplete part": (
         pooled("b", "incomplete"),
@@ -333,13 +325,13 @@ COPY = {
     "push a damaged store": (
         lambda: push("bad-chunk", "memory://messages/b.zarr"),
         "bad-chunk is damaged: moments/model.layers.1.mlp.down_proj/mean: "
-        "bad-chunk/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) does not match its checksum: "
+        "bad-chunk/moments/full-48/mean (chunk c/0/0) does not match its checksum: "
         "restore the store from a copy",
     ),
     "push a store of two damages": (
         lambda: push("two-damages", "memory://messages/b.zarr"),
         "two-damages is damaged: moments/model.layers.1.mlp.down_proj/mean: "
-        "two-damages/moments/model.layers.1.mlp.down_proj/mean (chunk c/0) does not match its checksum: "
+        "two-damages/moments/full-48/mean (chunk c/0/0) does not match its checksum: "
         "restore the store from a copy (2 such findings)",
     ),
     "push to the web": (
@@ -368,7 +360,7 @@ COPY = {
     ),
     "pull a damaged store": (
         lambda: pull("no-chunk", "c"),
-        "no-chunk/moments/model.layers.1.mlp.down_proj/mean/c/0 is missing: restore the store from a copy",
+        "no-chunk/moments/full-48/mean/c/0/0 is missing: restore the store from a copy",
     ),
     "pull from nowhere": (
         lambda: pull("memory://messages/none", "c"),
@@ -391,10 +383,6 @@ INFO = {
 
 MARKED = {
     "no-moments": ("moments", "no-moments/moments is missing or damaged: restore the store from a copy"),
-    "no-site": (
-        "moments",
-        "the moments of model.layers.1.mlp.down_proj are missing or damaged: restore the store from a copy",
-    ),
     "no-basis": ("full", "damaged, its zarr.json cannot be read"),
 }
 
@@ -417,7 +405,6 @@ def test_info_marks_what_is_damaged(here, store):
     ("store", "advice"),
     [
         ("no-moments", "`prep remove --moments --store no-moments`"),
-        ("no-site", "`prep remove --moments --store no-site`"),
         ("no-basis", "`prep decompose --store no-basis`, or `prep remove full --store no-basis`"),
     ],
 )
@@ -433,14 +420,13 @@ VERIFY = {
     "incomplete": [("moments", "incomplete is not complete: run the same `prep covariance` command again")],
     "edited": [
         (
-            f"moments/{DOWN}",
-            f"edited/moments/{DOWN} has attributes that do not match their hash: restore it from a copy",
+            "moments",
+            "edited/moments has attributes that do not match their hash: restore it from a copy",
         )
     ],
-    "no-chunk": [(MEAN, f"no-chunk/{MEAN} (chunk c/0) is missing: {COPY_IT}")],
-    "bad-chunk": [(MEAN, f"bad-chunk/{MEAN} (chunk c/0) does not match its checksum: {COPY_IT}")],
-    "no-array": [(MEAN, f"no-array/{MEAN} is missing or its metadata is damaged: {COPY_IT}")],
-    "no-site": [(f"moments/{DOWN}", f"the moments of {DOWN} are missing or damaged: {COPY_IT}")],
+    "no-chunk": [(OF_DOWN, f"no-chunk/{MEAN} (chunk c/0/0) is missing: {COPY_IT}")],
+    "bad-chunk": [(OF_DOWN, f"bad-chunk/{MEAN} (chunk c/0/0) does not match its checksum: {COPY_IT}")],
+    "no-array": [(OF_DOWN, f"no-array/{MEAN} is missing or its metadata is damaged: {COPY_IT}")],
     "no-moments": [("moments", f"no-moments/moments is missing or damaged: {COPY_IT}")],
     "no-basis": [
         (
@@ -449,7 +435,7 @@ VERIFY = {
         )
     ],
     "two-damages": [
-        (MEAN, f"two-damages/{MEAN} (chunk c/0) does not match its checksum: {COPY_IT}"),
+        (OF_DOWN, f"two-damages/{MEAN} (chunk c/0/0) does not match its checksum: {COPY_IT}"),
         (
             f"bases/full: {DOWN}",
             f"two-damages/bases/full/32x48/S (chunk c/0/0) does not match its checksum: {COPY_IT}",

@@ -11,6 +11,7 @@ import pytest
 import steps
 import tiny
 import torch
+from stores import place
 
 import prep
 from prep import PrepError, StoreError
@@ -267,9 +268,9 @@ def test_a_pool_killed_at_many_steps(made, tmp_path):
 
 def test_a_damaged_part_makes_no_pool(made, tmp_path):
     copy = shutil.copytree(made.full.a, tmp_path / "a")
-    site = open_store(copy).moments[DOWN].site
-    (copy / "moments" / site / "second_moment" / "c" / "0" / "0").unlink()
-    with pytest.raises(StoreError, match=rf"moments/{site}/second_moment"):
+    array, row = place(copy, DOWN, "second_moment")
+    (copy / array / "c" / f"{row}" / "0" / "0").unlink()
+    with pytest.raises(StoreError, match=rf"{array} \(file c/{row}/0/0\) is missing"):
         pool([copy, made.full.b], store=tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     shutil.rmtree(copy)

@@ -14,10 +14,12 @@ import torch
 import prep
 from prep.store import SiteData, create_store
 from prep.store.format import schema
+from prep.store.format.arrays import write_row
 from prep.store.format.schema import panels
 
 PAGE = Path(__file__).parents[2] / "docs" / "store-format.md"
 LAYER = "model.layers.0.mlp.down_proj"
+BASIS = "bases/identity"
 ATTRS = {"id": "0" * 32, "model": {"id": "m"}, "corpus": {}, "options": {}, "status": "complete", "prep_version": "0"}
 
 
@@ -70,22 +72,52 @@ def test_the_example_of_the_page_reads_a_store(store):
     assert error < 2**-8
 
 
-def test_the_page_states_codecs_fill_values_and_triangle(store):
-    path, _, _ = store
-    meta = json.loads((path / "moments" / LAYER / "second_moment" / "zarr.json").read_text())
-    assert [codec["name"] for codec in meta["codecs"]] == ["bytes", "crc32c"]
+MATRIX = "moments/full-700/second_moment"  # two panels of 350 rows
+
+
+def test_the_page_states_codecs_fill_values_index_and_triangle(store):
+    path, C, _ = store
+    meta = json.loads((path / MATRIX / "zarr.json").read_text())
+    [codec] = meta["codecs"]
+    plain = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    assert codec["name"] == "sharding_indexed" and codec["configuration"].pop("chunk_shape") == [1, 350, 350]
+    assert codec["configuration"] == {"codecs": plain, "index_codecs": plain, "index_location": "start"}
     assert meta["fill_value"] == "NaN"
-    chunks = {
-        file.name: file.parent.name
-        for file in (path / "moments" / LAYER / "second_moment" / "c").rglob("*")
-        if file.is_file()
-    }
-    assert chunks == {"0": "1", "1": "1"}  # (0, 0), (1, 0) and (1, 1); the upper (0, 1) is not written
-    assert not (path / "moments" / LAYER / "second_moment" / "c" / "0" / "1").exists()
+    raw, N, size = (path / MATRIX / "c" / "0" / "0" / "0").read_bytes(), 4, 8 * 350 * 350 + 4
+    absent, first = [2**64 - 1] * 2, 16 * N + 4
+    index = np.frombuffer(raw[: 16 * N], "<u8").reshape(N, 2).tolist()
+    assert index == [[first, size], absent, [first + size, size], [first + 2 * size, size]]
+    assert len(raw) == first + 3 * size
+    last = np.frombuffer(raw[first + 2 * size :][: size - 4], "<f8").reshape(350, 350)
+    np.testing.assert_array_equal(last, C[350:, 350:])
     bf16 = json.loads((path / "bases" / "identity" / "40x700" / "UP" / "zarr.json").read_text())
     assert bf16["data_type"] == "uint16"
     assert bf16["fill_value"] == 0x7FC0
     assert bf16["attributes"]["dtype"] == "bfloat16"
+
+
+def test_plain_zarr_reads_a_symmetric_matrix_and_would_write_the_same_file(store, tmp_path):
+    """Of more than three panels zarr writes the chunks in Morton's order: prep, which knows where its own are, has
+    each panel's behind each other.
+    """
+    import zarr
+
+    path, C, _ = store
+    lower = np.tril(C) + np.tril(C, -1).T
+    lower[:350, 350:] = np.nan
+    np.testing.assert_array_equal(zarr.open_array(str(path / MATRIX), mode="r")[0], lower)
+    plain = zarr.create_array(
+        str(tmp_path / "plain"),
+        shape=(1, 700, 700),
+        chunks=(1, 350, 350),
+        shards={"shape": (1, 700, 700), "index_location": "start"},
+        dtype="float64",
+        fill_value=np.nan,
+        serializer=zarr.codecs.BytesCodec(endian="little"),
+        compressors=zarr.codecs.Crc32cCodec(),
+    )
+    plain[0] = lower
+    assert tiny.contents(tmp_path / "plain" / "c") == tiny.contents(path / MATRIX / "c")
 
 
 @pytest.fixture
@@ -168,10 +200,13 @@ def test_all_spectra_are_read_at_once(stacked):
 
 def test_mean_squares_are_read_from_the_chunks_on_the_diagonal(store):
     path, C, _ = store
-    (path / "moments" / LAYER / "second_moment" / "c" / "1" / "0").unlink()
+    file = path / MATRIX / "c" / "0" / "0" / "0"
+    raw = file.read_bytes()
+    middle = len(raw) // 2  # of chunk (1, 0)
+    file.write_bytes(raw[:middle] + bytes(8) + raw[middle + 8 :])
     moment = prep.open_store(path).moments[LAYER]
     np.testing.assert_array_equal(moment.squares().numpy(), C.diagonal())
-    with pytest.raises(prep.StoreError, match="is missing"):
+    with pytest.raises(prep.StoreError, match=r"second_moment \(chunk 1 of c/0/0/0\) does not match its checksum"):
         _ = moment.diagonal
 
 
@@ -193,13 +228,32 @@ def test_a_region_is_written_in_whole_files(stacked):
     assert torch.equal(schema.read(array, (slice(3, 5),)), torch.stack([before[3], torch.ones(7, dtype=torch.float64)]))
 
 
+def test_a_matrix_is_written_panel_by_panel(tmp_path):
+    """It is there when the last one is, and never in memory whole."""
+    root = create_store(tmp_path / "s", ATTRS | {"corpus": None, "options": None}).root
+    C = torch.randn(1100, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layout = schema.Layout((2, 1100, 1100), (1, 275, 275), ("float64",), lower=True, sharded=True)
+    array = schema.create_array(root, "C", layout)
+    panels_of, file = [(slice(a, b), slice(0, b)) for a, b in panels(1100)], tmp_path / "s/C/c/1/0/0"
+    broken = write_row(array, 1, (C[region] for region in panels_of))
+    next(broken)
+    assert [path.name for path in file.parent.iterdir()] == ["0.partial"]
+    broken.close()
+    assert list(file.parent.iterdir()) == []
+    assert len(list(write_row(array, 1, (C[region] for region in panels_of)))) == 4
+    assert file.stat().st_size == layout.file_bytes("float64")
+    for rows, columns in panels_of:
+        assert torch.equal(schema.read(array, (slice(1, 2), rows, columns))[0], C[rows, columns])
+    with pytest.raises(prep.StoreError, match=r"C \(file c/0/0/0\) is missing"):
+        schema.read(array, (slice(0, 1), slice(0, 275), slice(0, 275)))
+
+
 def test_every_attribute_that_is_written_is_described(store):
     path, _, _ = store
     page = PAGE.read_text()
-    groups = [path, path / "moments", path / "moments" / LAYER, path / "bases" / "identity"]
-    names = {name for group in groups for name in json.loads((group / "zarr.json").read_text())["attributes"]}
-    record = json.loads((path / "bases" / "identity" / "zarr.json").read_text())["attributes"]["layers"][LAYER]
-    for name in names | set(record):
+    found = [json.loads((path / name / "zarr.json").read_text())["attributes"] for name in ("", "moments", BASIS)]
+    records = found[1]["records"][LAYER], found[2]["layers"][LAYER]
+    for name in {name for attrs in (*found, *records) for name in attrs}:
         assert f"`{name}`" in page, name
 
 

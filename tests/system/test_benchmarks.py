@@ -100,6 +100,12 @@ def test_attach(run, made):
     assert all(f"\n{stage} " in printed for stage in ("attach", "attach, verify=False", "safetensors"))
 
 
+def test_files(run, made):
+    sizes = ["--rank", 4, "--rounds", 1, "--delay", 0]
+    printed = run("files", "--model", made["model"], "--store", made["store"], *sizes)
+    assert all(text in printed for text in (" files, ", "\nattach from disk ", "\nattach from server "))
+
+
 def test_adapters(run):
     printed = run("adapters", "--d-in", 24, "--d-out", 16, "--rank", 4, "--tokens", 8, "--rounds", 1)
     assert all(f"\n{core} " in printed for core in ("base", "peft lora", "gain", "rotation", "dense"))
