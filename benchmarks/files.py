@@ -2,7 +2,7 @@
 
 python benchmarks/files.py --model MODEL --data DATA.jsonl --template "{question}\\n{answer}" --store STORE
 
-Makes the store with default options, but of few sequences, and a basis of rank 256 where there is none. Run it in turn
+Makes the store with default options, but of few tokens, and a basis of rank 256 where there is none. Run it in turn
 with two versions of prep on the path, and a store for each. The server answers a request after --delay milliseconds.
 """
 
@@ -67,7 +67,7 @@ def serve(root: Path, delay: float) -> None:
 def make(options: argparse.Namespace) -> None:
     """The store that is to be measured."""
     if not options.store.exists():
-        text = {"data": options.data, "template": options.template, "num_sequences": 32}
+        text = {"data": options.data, "template": options.template, "num_sequences": 16, "seq_len": 64}
         prep.covariance(options.model, **text, store=options.store, quiet=True)
         prep.decompose(options.store, quiet=True)
 

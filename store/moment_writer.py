@@ -6,7 +6,7 @@ chunk, so they are kept in memory and written by `flush`, before the attributes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .format import schema
 from .format.arrays import write_row
-from .format.untrusted import MOMENTS
+from .format.untrusted import MOMENTS, SITE
 from .moment_layout import LAYOUT, MomentPlace, Shapes, Stacks, groups_of
 from .site import HALF, HALF_DTYPE, SAMPLED, SiteData, combined, site_record
 from .site_group import write_sample
 
-_WRITTEN = {**MOMENTS, "skipped": {str: str}, "groups": {str: list}, "records": dict}
+_WRITTEN = {**MOMENTS, "skipped": {str: str}, "groups": {str: [str]}, "records": {str: SITE}}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class MomentWriter:
         schema.put_attributes(self._group, self._attrs)
         self._noted = []
 
-    def _stored(self, paths: Any, sites: list[str]) -> dict[str, dict[int, Tensor]]:
+    def _stored(self, paths: Collection[str], sites: list[str]) -> dict[str, dict[int, Tensor]]:
         """The rows of sites that were done before, in the arrays of those paths."""
         wanted = []
         for site in sites:
@@ -144,7 +144,7 @@ class MomentWriter:
         return schema.Array(self._group.store, f"{self._group.path}/{place.path}", place.layout, dtype)
 
 
-def _write_rows(array: schema.Array, rows: Mapping[int, Tensor], changed: Any) -> None:
+def _write_rows(array: schema.Array, rows: Mapping[int, Tensor], changed: Iterable[int]) -> None:
     """Write the chunks that hold the `changed` ones of the rows; where there is no row, they hold NaN."""
     edge, n = array.layout.chunks[0], array.layout.shape[0]
     for chunk in sorted({row // edge for row in changed}):

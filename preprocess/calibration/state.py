@@ -10,7 +10,7 @@ from ...errors import PrepError
 from ...store import Store, open_store
 from ...store.checkpoint import abandon, read_checkpoint
 from ...store.format.schema import attributes, child, local_path
-from ...store.format.untrusted import MOMENTS
+from ...store.format.untrusted import MOMENTS, SITE
 from ...store.staging import remove
 from ...store.version1 import is_unfinished
 from ..options import CovarianceOptions
@@ -86,7 +86,7 @@ def check_done(state: State, options: CovarianceOptions, weights: Mapping[str, M
 
 def stored_weights(store: Store, done: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What a store, which may be unfinished, says of the weights of the sites that are done: layer -> record."""
-    attrs = attributes(child(store.root, "moments"), {**MOMENTS, "records": dict})
+    attrs = attributes(child(store.root, "moments"), {**MOMENTS, "records": {str: SITE}})
     # not among the sites are experts that no token reached
     members = [attrs["records"][site]["members"] for site in done if site in attrs["sites"]]
     return {layer: record for one in members for layer, record in one.items()}
