@@ -1,17 +1,20 @@
-"""What is wrong with a basis as far as its metadata and the sizes of its files show: `prep verify` reads them, too."""
+"""What is wrong with bases and moments as far as metadata and sizes of files show: `prep verify` reads them, too."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import zarr
 from zarr.storage import LocalStore
 
 from ..errors import StoreError
 from .bases import Bases
-from .basis import BasisSet
 from .basis_places import is_left
-from .manifest import basis_entries
+from .format.layout import Layout
+from .manifest import basis_entries, moment_entries
+from .moments import Moments
 
 
 def fault(bases: Bases, name: str) -> str | None:
@@ -27,21 +30,29 @@ def fault(bases: Bases, name: str) -> str | None:
         return "missing, its folder is gone" if gone else "damaged, its zarr.json cannot be read"
     if not isinstance(store, LocalStore) or basis.status != "complete":
         return None
-    wrong = sum(not right for right in _files_right(basis, store.root))
+    at, top = basis.place, f"bases/{basis.name}"
+    entries = {f"{at}{path.removeprefix(top)}": layout for path, layout in basis_entries(basis).items()}
+    wrong = sum(not right for right in _files_right(entries, store.root))
     return f"damaged, {wrong:,} of its files are missing or of another size" if wrong else None
 
 
-def _files_right(basis: BasisSet, root: Path) -> list[bool]:
-    """For every file that a basis must consist of, whether it is there at its size; any size will do for metadata."""
-    at, top = basis.place, f"bases/{basis.name}"
+def check_moments(moments: Moments, root: zarr.Group) -> None:
+    """StoreError where a local store lacks files of the moments, or some have another size."""
+    if not isinstance(root.store, LocalStore):
+        return
+    entries = moment_entries(moments[layers[0]] for layers in moments.sites.values())
+    if wrong := _files_right(entries, root.store.root).count(False):
+        raise StoreError(f"{wrong:,} of their files are missing or of another size: restore the store from a copy")
+
+
+def _files_right(entries: Mapping[str, Layout | None], root: Path) -> list[bool]:
+    """For every file of a manifest, whether it is there at a size that it may have; any will do for metadata."""
     right = []
-    for path, layout in basis_entries(basis).items():
-        folder = f"{root}/{at}{path.removeprefix(top)}"
-        right.append(_size(f"{folder}/zarr.json") > 0)
+    for path, layout in entries.items():
+        right.append(_size(f"{root}/{path}/zarr.json") > 0)
         if layout is not None:
-            # every array of a basis has one dtype that is its own, or that of the basis
-            dtype = layout.dtypes[0]
-            right += [_size(f"{folder}/{key}") == layout.file_bytes(dtype) for key in layout.file_keys()]
+            sizes = {layout.file_bytes(dtype) for dtype in layout.dtypes}
+            right += [_size(f"{root}/{path}/{key}") in sizes for key in layout.file_keys()]
     return right
 
 

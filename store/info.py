@@ -18,7 +18,7 @@ from ..errors import StoreError
 from .artifact import Store, open_store
 from .bases import Bases
 from .basis import BasisSet
-from .condition import fault
+from .condition import check_moments, fault
 from .excess import advice, excess_of, percent
 from .factors import SIZE_RANK, Size, size_rows, sizes_of
 
@@ -76,6 +76,7 @@ def _moments(store: Store, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     try:
         moments = store.moments
         entries = {layer: moments[layer] for layer in moments}
+        check_moments(moments, store.root)
     except StoreError as error:
         return {"problem": str(error)}
     for layer, entry in entries.items():

@@ -243,10 +243,10 @@ def test_a_damaged_basis_with_other_options_is_not_replaced_unasked(store):
 
 
 def test_moments_damaged_by_hand_are_marked(store):
-    shutil.rmtree(store / "moments" / "model.layers.0.mlp.down_proj")
+    shutil.rmtree(store / "moments" / "full-48")
     lines = invoke("info", "--store", store).stdout.splitlines()
     [line] = [line for line in lines if line.startswith("damaged")]
-    assert line.startswith("damaged  the moments, 0 MB: the moments of model.layers.0.mlp.down_proj are missing")
+    assert line.startswith("damaged  the moments, 0 MB: 13 of their files are missing or of another size: restore")
     assert line.endswith(f"or `prep remove --moments --store {store}`")
     prep.remove(store, moments=True)
     assert open_store(store).bases.names == ["full", "identity", "diagonal"]
