@@ -147,7 +147,7 @@ def test_no_other_array_is_changed_by_the_half(place, tmp_path, kind):
         )
     found = {one: tiny.contents(tmp_path / one / "moments") for one in ("True", "False")}
     arrays = {name: raw for name, raw in found["False"].items() if "/c/" in name}
-    assert arrays and arrays == {n: raw for n, raw in found["True"].items() if "/c/" in n and "/half/" not in n}
+    assert arrays and arrays == {n: raw for n, raw in found["True"].items() if "/c/" in n and "/half_" not in n}
 
 
 def test_halves_of_several_passes_and_of_none(place, tmp_path):
