@@ -17,6 +17,7 @@ from prep.preprocess.verify import verify
 from prep.store import Bases, open_store
 from prep.store.format.schema import sealed
 from prep.store.info import info, table
+from prep.store.integrity import verify_store
 from prep.store.pool import pool
 from prep.store.transfer import pull, push
 
@@ -53,7 +54,9 @@ def test_it_is_read_and_verified(made):
         assert open_store(store).attrs["format_version"] == 1
         assert verify(store).findings == []
         assert table(info(store))
-    assert verify(made.old, model=version1.Net()).findings == []
+    weights = {name: layer.weight for name, layer in version1.Net().named_children()}
+    report = verify_store(open_store(made.old), weights)
+    assert report.findings == [] and report.weights == 3 * 4  # of the moments and of two bases
     layer = open_store(made.bases).bases["identity"]["up"]  # of 66 directions, in two slabs
     W = version1.Tall().up.weight
     assert tiny.relative(((layer.U.double() * layer.S) @ layer.P.double()).numpy(), W.numpy()) < 2**-7
