@@ -246,7 +246,7 @@ def test_moments_damaged_by_hand_are_marked(store):
     shutil.rmtree(store / "moments" / "full-48")
     lines = invoke("info", "--store", store).stdout.splitlines()
     [line] = [line for line in lines if line.startswith("damaged")]
-    assert line.startswith("damaged  the moments, 0 MB: 13 of their files are missing or of another size: restore")
+    assert line.startswith("damaged  the moments, 0 MB: 11 of their files are missing or of another size: restore")
     assert line.endswith(f"or `prep remove --moments --store {store}`")
     prep.remove(store, moments=True)
     assert open_store(store).bases.names == ["full", "identity", "diagonal"]

@@ -168,7 +168,7 @@ def test_an_index_is_compared_and_never_followed(store, array, harm, said):
     n = 1 if array.startswith("moments") else 2
     file.write_bytes(harm(file.read_bytes(), n))
     refused(store, rf"{array} \({said} (of )?c/0/0/0\) (is not that of its chunks|does not hold)")
-    assert look(store).findings
+    assert verify(store).findings
 
 
 def indexed(raw, n, change):
