@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py docs/evidence.jsonl --page docs/evidence.md
 
-What stands in the page between its two marks is replaced, and evidence.svg is written beside it.
+What stands in the page between its two marks is replaced, and a figure of the lines' name is written beside it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import argparse
 import itertools
 import math
 import statistics
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from figures import BOTTOM, COLORS, LEFT, RIGHT, TOP, sheet
-from outcomes import REFERENCE, Line, curve, only, read_lines, results
+from outcomes import REFERENCE, Line, at_best, curve, only, read_lines, results
 
 BEGIN, END = "<!-- begin: made by benchmarks/evidence.py -->", "<!-- end -->"
 
@@ -22,10 +24,10 @@ BEGIN, END = "<!-- begin: made by benchmarks/evidence.py -->", "<!-- end -->"
 # The page
 
 
-def page(lines: list[Line]) -> str:
+def page(lines: list[Line], figure: str) -> str:
     """The part of the page between its marks."""
     ranks = sorted({line["rank"] for line in lines if line["kind"] == "run"})
-    blocks = [*setting(lines), "![curves and differences](evidence.svg)"]
+    blocks = [*setting(lines), f"![curves and differences]({figure})"]
     for rank in ranks:
         blocks += [f"### Rank {rank}", *tables(lines, rank)]
     return "\n\n".join(blocks)
@@ -40,8 +42,12 @@ def setting(lines: list[Line]) -> list[str]:
     other = math.fsum(base["other_losses"]) / sum(base["other_tokens"])
     hours = sum(run["wall"] for run in runs) / 3600
     calibration, training, held, text = (given[part] for part in ("calibration", "training", "evaluation", "other"))
+    packed = ""
+    if "base" in given:
+        whole = math.fsum(only(lines, "float")["losses"]) / sum(base["tokens"])
+        packed = f" packed as {given['base']} (loss {whole:.4f} unpacked)"
     return [
-        f"{given['model']} in {given['dtype']}, calibrated on {calibration['tokens']:,} tokens of "
+        f"{given['model']} in {given['dtype']}{packed}, calibrated on {calibration['tokens']:,} tokens of "
         f"{calibration['rows']} rows ({store['calibrate']:.0f} {clock}, all bases {store['decompose']:.0f}). "
         f"{len(runs)} runs of {given['steps']} steps of {given['batch_size']} rows, drawn from {training['rows']:,} of "
         f"at most {given['max_length']} tokens; {hours:.1f} hours of runs in all. Held out: {held['rows']} rows with "
@@ -75,11 +81,30 @@ def tables(lines: list[Line], rank: int) -> list[str]:
         tried = curve(lines, result.method, rank)
         cells = [f"{statistics.fmean(tried[rate]):.4f}" if rate in tried else "" for rate in rates]
         losses.append([f"`{result.method}`", *cells])
-    return [
+    blocks = [
         markdown(head, rows),
         "Loss at every learning rate:",
         markdown(["method", *(f"{rate:g}" for rate in rates)], losses),
     ]
+    if gone := courses(lines, rank):
+        steps = list(next(iter(gone.values())))
+        rows = [[f"`{method}`", *(f"{losses[step]:.4f}" for step in steps)] for method, losses in gone.items()]
+        blocks += ["Loss after so many steps, at the best rates:", markdown(["method", *map(str, steps)], rows)]
+    return blocks
+
+
+def courses(lines: list[Line], rank: int) -> dict[str, dict[int, float]]:
+    """Method -> steps -> held-out loss per answer token at its best rate, the mean of its seeds, where it was taken."""
+    end, tokens = only(lines, "setting")["steps"], sum(only(lines, "base")["tokens"])
+    found: dict[str, dict[int, float]] = {}
+    for result in results(lines, rank):
+        runs = at_best(lines, result.method, rank).values()
+        taken = [run["course"] | {str(end): math.fsum(run["losses"])} for run in runs if "course" in run]
+        if taken:
+            found[result.method] = {
+                int(step): statistics.fmean(one[step] for one in taken) / tokens for step in taken[0]
+            }
+    return found
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -93,35 +118,43 @@ def drawing(lines: list[Line]) -> str:
     """For each rank the curves over learning rates, and the differences from the reference with two standard errors."""
     charts = []
     for rank in sorted({line["rank"] for line in lines if line["kind"] == "run"}):
-        charts += [curves(lines, rank), differences(lines, rank)]
+        found = {result.method: curve(lines, result.method, rank) for result in results(lines, rank)}
+        rates = {name: {rate: statistics.fmean(of) for rate, of in losses.items()} for name, losses in found.items()}
+        charts.append(curves(lines, f"Held-out loss, rank {rank}", "learning rate", rates, math.log))
+        if gone := courses(lines, rank):
+            charts.append(curves(lines, f"Held-out loss at the best rates, rank {rank}", "steps", gone, float))
+        charts.append(differences(lines, rank))
     return sheet(charts)
 
 
-def curves(lines: list[Line], rank: int) -> list[str]:
-    """Loss over learning rate, a line for each method; a loss above the chart is drawn hollow at its top."""
+def curves(
+    lines: list[Line], title: str, label: str, means: Mapping[str, Mapping[Any, float]], scale: Callable[[Any], float]
+) -> list[str]:
+    """Losses over x, a line for each method; a loss above the chart is drawn hollow at its top."""
     base = only(lines, "base")
-    found = {result.method: curve(lines, result.method, rank) for result in results(lines, rank)}
-    means = {method: {rate: statistics.fmean(of) for rate, of in losses.items()} for method, losses in found.items()}
-    rates = sorted({rate for losses in means.values() for rate in losses})
+    xs = sorted({x for losses in means.values() for x in losses})
     low = math.floor(20 * min(min(losses.values()) for losses in means.values())) / 20
     high = math.ceil(20 * math.fsum(base["losses"]) / sum(base["tokens"])) / 20
-    stretch = (RIGHT - LEFT - 20) / (math.log(rates[-1] / rates[0]) or 1)
+    stretch = (RIGHT - LEFT - 20) / (scale(xs[-1]) - scale(xs[0]) or 1)
 
-    def across(rate: float) -> str:
-        return f"{LEFT + 10 + stretch * math.log(rate / rates[0]):.1f}"
+    def across(x: float) -> str:
+        return f"{LEFT + 10 + stretch * (scale(x) - scale(xs[0])):.1f}"
 
     def up(loss: float) -> str:
         return f"{BOTTOM - (BOTTOM - TOP) * (min(loss, high) - low) / (high - low):.1f}"
 
-    drawn = frame(f"Held-out loss, rank {rank}", "learning rate")
+    drawn = frame(title, label)
     drawn += [line for tick in ticks(low, high) for line in grid_line(up(tick), f"{tick:.2f}")]
-    decades = range(math.floor(math.log10(rates[0])), math.ceil(math.log10(rates[-1])) + 1)
-    for rate in (digit * 10.0**power for power in decades for digit in (1, 3)):
-        if rates[0] * 0.99 <= rate <= rates[-1] * 1.01:
-            drawn.append(f'<text x="{across(rate)}" y="{BOTTOM + 17}" text-anchor="middle">{rate:g}</text>')
+    marks: Iterable[float] = xs
+    if scale is math.log:
+        decades = range(math.floor(math.log10(xs[0])), math.ceil(math.log10(xs[-1])) + 1)
+        marks = (digit * 10.0**power for power in decades for digit in (1, 3))
+    for mark in marks:
+        if xs[0] * 0.99 <= mark <= xs[-1] * 1.01:
+            drawn.append(f'<text x="{across(mark)}" y="{BOTTOM + 17}" text-anchor="middle">{mark:g}</text>')
     for number, (method, losses) in enumerate(means.items()):
         color = shade(number)
-        at = [(across(rate), up(loss), loss > high) for rate, loss in losses.items()]
+        at = [(across(x), up(loss), loss > high) for x, loss in losses.items()]
         drawn += [
             f'<path d="M{x1} {y1}L{x2} {y2}" stroke="{color}" stroke-width="1.5"{dash(number)}/>'
             for (x1, y1, _), (x2, y2, _) in itertools.pairwise(at)
@@ -206,8 +239,9 @@ def main() -> None:
     _, mark, after = rest.partition(END)
     if not mark:
         raise SystemExit(f"{options.page} lacks the lines {BEGIN} and {END}, between which the tables go")
-    options.page.write_text(f"{before}{BEGIN}\n\n{page(lines)}\n\n{END}{after}")
-    (options.page.parent / "evidence.svg").write_text(drawing(lines))
+    figure = f"{options.lines.stem}.svg"
+    options.page.write_text(f"{before}{BEGIN}\n\n{page(lines, figure)}\n\n{END}{after}")
+    (options.page.parent / figure).write_text(drawing(lines))
 
 
 if __name__ == "__main__":

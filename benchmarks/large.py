@@ -1,12 +1,15 @@
-"""`prep decompose` of a model that need not fit into memory: peak resident memory, bytes read, and time.
+"""Both commands on a model that need not fit into memory: peak resident memory, bytes read, and time.
 
     python benchmarks/large.py make llama --billions 3 --path /tmp/llama
-    python benchmarks/large.py run --model /tmp/llama --rank 16 --seconds 300
+    python benchmarks/large.py covariance --model /tmp/llama --store /tmp/llama.zarr
+    python benchmarks/large.py decompose --model /tmp/llama --store /tmp/llama.zarr
 
 `make` writes a Llama, or a mixture of experts of Qwen3's kind, with random bfloat16 weights, one block per safetensors
-file, of which one is in memory at a time; delete the folder afterwards. `run` decomposes it in metric identity in a
-process of its own, stopped after `--seconds`, and prints what that process took: VmHWM, which counts mapped files,
-too, and the reads of its system calls (rchar), beside the bytes of the layers that were done.
+file, of which one is in memory at a time, with a tokenizer and random text; delete the folder afterwards. `covariance`
+goes block by block; `decompose` takes the metric full where the store has moments, otherwise identity. Each is a
+process of its own, stopped after `--seconds`, of which is printed: VmHWM, which counts mapped files, too; the bytes of
+tensors that were read from the checkpoint, beside its size; and rchar, all that its system calls read, the store's and
+Python's own files among it.
 """
 
 from __future__ import annotations
@@ -19,13 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import prep
+from prep import cli
+from prep.preprocess.model.tensors import Tensors
 
 SIZES = {"vocab_size": 32000, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 LLAMA = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
@@ -34,8 +44,19 @@ MOE |= {"moe_intermediate_size": 768, "num_experts_per_tok": 4, "intermediate_si
 KINDS = {"llama": ("llama", LLAMA), "moe": ("qwen3_moe", MOE)}
 
 
+WORDS = 1000  # of the text
+
+
 def main() -> None:
-    """Make a checkpoint, or decompose one."""
+    """Make a checkpoint, or calibrate or decompose one."""
+    if sys.argv[1:2] == ["counted"]:
+        counted(Path(sys.argv[2]), sys.argv[3:])
+    options = arguments()
+    print(make(options) if options.command == "make" else run(options))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = asked.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")
@@ -43,13 +64,20 @@ def main() -> None:
     making.add_argument("--billions", type=float, default=3.0, help="parameters, about")
     making.add_argument("--path", type=Path, required=True)
     making.add_argument("--shrink", type=int, default=1, help="divide every width by this")
-    running = commands.add_parser("run")
-    running.add_argument("--model", type=Path, required=True)
-    running.add_argument("--rank", default="16")
-    running.add_argument("--seconds", type=float, default=math.inf)
-    running.add_argument("--solver", default="randomized")
-    options = asked.parse_args()
-    print(make(options) if options.command == "make" else run(options))
+    for name in ("covariance", "decompose"):
+        running = commands.add_parser(name)
+        running.add_argument("--model", type=Path, required=True)
+        running.add_argument("--store", type=Path, required=True)
+        running.add_argument("--seconds", type=float, default=math.inf)
+        if name == "covariance":
+            running.add_argument("--num-sequences", default="16")
+            running.add_argument("--seq-len", default="256")
+            running.add_argument("--moment", default="auto")
+            running.add_argument("--memory-budget", default="1GB")
+        else:
+            running.add_argument("--rank", default="64")
+            running.add_argument("--solver", default="auto")
+    return asked.parse_args()
 
 
 def make(options: argparse.Namespace) -> str:
@@ -72,6 +100,15 @@ def make(options: argparse.Namespace) -> str:
         total += sum(weight.nbytes for weight in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (options.path / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = {word: number for number, word in enumerate(["<pad>", "<end>", *(f"w{i}" for i in range(WORDS))])}
+    splitter = Tokenizer(WordLevel(words, unk_token="<end>"))
+    splitter.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<end>").save_pretrained(
+        options.path
+    )
+    draw = np.random.default_rng(0)
+    texts = (" ".join(f"w{i}" for i in draw.integers(WORDS, size=300)) for _ in range(300))
+    (options.path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return f"{options.path}: {total / 2e9:.2f} billion parameters in {len(blocks)} blocks, {total / 1e9:.2f} GB"
 
 
@@ -110,11 +147,18 @@ def as_stored(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, .
 
 
 def run(options: argparse.Namespace) -> str:
-    """Decompose for some seconds; the state after a SIGINT counts every layer that is stored."""
+    """One command for some seconds; the state after a SIGINT counts every layer that is stored."""
     with tempfile.TemporaryDirectory() as folder:
-        store = f"{folder}/s"
-        command = [sys.executable, "-m", "prep.cli", "decompose", "--metric", "identity", "--model", str(options.model)]
-        command += ["--rank", options.rank, "--solver", options.solver, "--store", store]
+        counts = Path(folder, "counts")
+        command = [sys.executable, __file__, "counted", str(counts), options.command, "--model", str(options.model)]
+        command += ["--store", str(options.store)]
+        if options.command == "covariance":
+            command += ["--data", str(options.model / "text.jsonl"), "--block-by-block", "--moment", options.moment]
+            command += ["--num-sequences", options.num_sequences, "--seq-len", options.seq_len]
+            command += ["--memory-budget", options.memory_budget]
+        else:
+            metric = "full" if options.store.exists() else "identity"
+            command += ["--rank", options.rank, "--solver", options.solver, "--metric", metric]
         begun = time.monotonic()
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         peak = read = 0
@@ -125,13 +169,40 @@ def run(options: argparse.Namespace) -> str:
                 process.wait()
             time.sleep(0.05)
         seconds = time.monotonic() - begun
-        basis = prep.open_store(store).bases.open("identity")
-        done = 2 * sum(math.prod(record.shape) for record in basis.layers.values())  # bytes in bfloat16
+        if process.returncode not in (0, 130):
+            raise SystemExit(process.stderr.read())
+        weights = int(counts.read_text())
+    size = sum(file.stat().st_size for file in options.model.glob("*.safetensors"))
     return (
-        f"{len(basis.layers)} of {len(basis.expected)} layers, {done / 1e9:.3f} GB of weights, in {seconds:.0f} s\n"
+        f"{done(options)}, in {seconds:.0f} s\n"
         f"peak resident memory (VmHWM) {peak / 1e9:.2f} GB\n"
-        f"read {read / 1e9:.3f} GB (rchar, with Python's own files), {read / max(done, 1):.3f} of the weights"
+        f"read of the checkpoint {weights / 1e9:.3f} GB, {weights / size:.3f} of its size; rchar {read / 1e9:.3f} GB"
     )
+
+
+def done(options: argparse.Namespace) -> str:
+    """What is in the store."""
+    store = prep.open_store(options.store)
+    if options.command == "covariance":
+        return f"{len(store.moments)} layers calibrated on {store.corpus['tokens']:,} tokens"
+    basis = store.bases.open(store.bases.names[-1])
+    return f"{len(basis.layers)} of {len(basis.expected)} layers in metric {basis.name}"
+
+
+def counted(counts: Path, command: list[str]) -> None:
+    """Run a command of prep in this process, and write how many bytes of tensors it read."""
+    made: list[Tensors] = []
+    begin = Tensors.__init__
+
+    def recorded(self: Tensors, files: Iterable[str]) -> None:
+        made.append(self)
+        begin(self, files)
+
+    Tensors.__init__ = recorded  # type: ignore[method-assign]
+    try:
+        cli.main(command)
+    finally:
+        counts.write_text(str(sum(one.bytes_read for one in made)))
 
 
 def told(pid: int, peak: int, read: int) -> tuple[int, int]:

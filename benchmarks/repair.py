@@ -6,7 +6,7 @@ Moments of the train text; for every recipe and rank the loss on the test text o
 of the copy with the repair of each metric, and the output error left by kind of layer. Then the seconds of our
 decomposition of all layers and, for the layers of some blocks, those of the published route beside ours: a root of C
 once for a site (SciPy's sqrtm as in QERA, or eigenvectors as in EoRA), its inverse, and a full SVD of E C^(1/2) for
-each layer, in float64. With --steps the loss of QLoRA from B = 0, from LoftQ's start and from the repair, on nf4.
+each layer, in float64. benchmarks/sweep.py --base nf4 trains from these starts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prep
 from prep.preprocess.decomposition.workers import Jobs, decomposed
@@ -57,8 +56,6 @@ def main() -> None:
         losses(options, store)
     left(options, store)
     seconds(options, store)
-    if options.steps:
-        training(options, store)
 
 
 def arguments() -> argparse.Namespace:
@@ -75,8 +72,6 @@ def arguments() -> argparse.Namespace:
     asked.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     asked.add_argument("--rows", type=int, default=128, help="of the test text; 0 for no losses")
     asked.add_argument("--blocks", default=".14.", help="of the layers that the published route is timed on, a part")
-    asked.add_argument("--steps", type=int, default=0, help="of QLoRA")
-    asked.add_argument("--rate", type=float, default=2e-4, help="learning rate of QLoRA")
     return asked.parse_args()
 
 
@@ -226,52 +221,6 @@ def root_of_eigenvectors(C: Tensor) -> Tensor:
     """C^(1/2) by its eigenvectors."""
     values, V = torch.linalg.eigh(C)
     return (V * values.clamp(min=0).sqrt()) @ V.T
-
-
-# Training
-
-
-def training(options: argparse.Namespace, store: Path) -> None:
-    """The test loss of QLoRA on nf4 by steps, from three starts."""
-    rank, each = min(options.ranks), max(1, options.steps // 5)
-    held, rows = texts(options, options.test, 32), texts(options, options.train, 4 * options.steps)
-    table = [["start", *(f"step {step}" for step in range(0, options.steps + 1, each))]]
-    for name, init, basis in (
-        ("B = 0", "lora", None),
-        ("LoftQ", "repair", "repair-nf4-identity"),
-        ("repair", "repair", "repair-nf4"),
-    ):
-        torch.manual_seed(0)
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        packed = AutoModelForCausalLM.from_pretrained(
-            options.model, quantization_config=settings, device_map="cpu", dtype=torch.float32
-        )
-        model = prep.peft.get_model(packed, store, init, r=rank, lora_alpha=rank, basis=basis)
-        table.append([name, *(f"{value:.4f}" for value in steps(options, model, rows, held, each))])
-        print(" ".join(table[-1]), flush=True)
-    print(f"\nQLoRA on nf4, rank {rank}, learning rate {options.rate:g}: loss on {len(held)} rows of {options.test}")
-    print(*aligned(table), sep="\n")
-
-
-def steps(
-    options: argparse.Namespace, model: Any, rows: list[Tensor], held: list[Tensor], each: int
-) -> Iterator[float]:
-    """The loss on `held` before the first step and after every `each`, of four rows.
-
-    The model stays in training mode, which changes nothing but that bitsandbytes does not repack its weights.
-    """
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.rate)
-    for step in range(options.steps + 1):
-        if step % each == 0:
-            yield loss(model, held)
-        if step < options.steps:
-            for ids in rows[4 * step : 4 * step + 4]:
-                (model(input_ids=ids, labels=ids).loss / 4).backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from outcomes import Run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import prep
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from train_gsm8k import IGNORED, answer_losses, correct, encode, load_rows, row_losses
+from train_gsm8k import IGNORED, answer_losses, correct, encode, load_rows
 
 PUBLISHED = {"full": "whitened", "diagonal": "asvd", "identity": "pissa", "identity-activation": "antipasto"}
 OTHER_LENGTH = 128  # tokens of a sequence of the other domain
+REPAIRS = {"repair": "full", "loftq": "identity"}  # the metric in which these take the error of a quantised base
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Options:
     dtype: str
     device: str
     threads: int
+    base: str
+    every: int
 
     @property
     def store(self) -> Path:
@@ -145,11 +148,21 @@ def decomposed(options: Options, methods: Sequence[str], rank: int) -> None:
     for method in methods:
         if method in ("lora", "dora"):
             continue
-        name = method.split(":")[1] if ":" in method else prep.peft.INITS[method]
+        name = basis_of(method, options)
         reach = rank * (2 if method == "eva" else 1)
         known = prep.open_store(options.store).bases
         short = name in known and known[name].method["rank"] < reach
-        prep.decompose(options.store, for_=PUBLISHED.get(name, method), rank=reach, overwrite=short, quiet=True)
+        wanted: dict[str, Any] = {"for_": PUBLISHED.get(name, method)}
+        if method in REPAIRS:
+            wanted = {"repair": options.base, "metric": REPAIRS[method]}
+        prep.decompose(options.store, rank=reach, overwrite=short, quiet=True, **wanted)
+
+
+def basis_of(method: str, options: Options) -> str:
+    """The name of the basis that a method starts from."""
+    if method in REPAIRS:
+        return f"repair-{options.base}" + ("" if REPAIRS[method] == "full" else f"-{REPAIRS[method]}")
+    return method.split(":")[1] if ":" in method else prep.peft.INITS[method]
 
 
 def described(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
@@ -170,13 +183,16 @@ def train(run: Run, parts: Parts, options: Options) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step, options.steps))
     model.train()
-    steps = []
-    for indices in order:
+    steps, course = [], {}
+    for number, indices in enumerate(order):
+        if options.every and number % options.every == 0:
+            course[number] = round(sum(row_losses(model, parts, "evaluation", options)), 3)
+            model.train()
         batch = [parts.encoded["training"][index] for index in indices]
         steps.append(seconds(options.device, lambda batch=batch: step(model, batch, parameters, optimizer))[0])
         schedule.step()
     line = {"kind": "run", **asdict(run), **costs, "start": start, "step": sorted(steps)[len(steps) // 2]}
-    line |= evaluated(model, parts, options)
+    line |= evaluated(model, parts, options) | ({"course": course} if course else {})
     if options.accuracy:
         answered = parts.evaluation[: options.accuracy]
         line |= {"asked": len(answered), "right": sum(correct(model, parts.tokenizer, answered, options.batch_size))}
@@ -191,7 +207,11 @@ def started(run: Run, model: Any, options: Options) -> tuple[Any, list[torch.nn.
         adapter = prep.attach(model, options.store, core=core, basis=basis, rank=run.rank, **choices)
         costs = {"trainable": adapter.trainable, "multiply_adds": adapter.multiply_adds}
         return model, list(adapter.parameters()), costs
-    init, more = ("lora", {"use_dora": True}) if run.method == "dora" else (run.method, {})
+    init, more = run.method, {}
+    if init == "dora":
+        init, more = "lora", {"use_dora": True}
+    elif init in REPAIRS:
+        init, more = "repair", {"basis": basis_of(run.method, options)}
     model = prep.peft.get_model(
         model, options.store, init, r=run.rank, lora_alpha=run.rank, task_type="CAUSAL_LM", **more
     )
@@ -228,8 +248,16 @@ def share(step: int, steps: int) -> float:
 def evaluated(model: Any, parts: Parts, options: Options) -> dict[str, list[float]]:
     """Summed loss of every held-out row, and of every sequence of the other text."""
     names = {"losses": "evaluation", "other_losses": "other"}
-    found = {name: row_losses(model, parts.encoded[part], options.batch_size)[0] for name, part in names.items()}
-    return {name: [round(loss, 3) for loss in losses.tolist()] for name, losses in found.items()}
+    found = {name: row_losses(model, parts, part, options) for name, part in names.items()}
+    return {name: [round(loss, 3) for loss in losses] for name, losses in found.items()}
+
+
+@torch.no_grad()
+def row_losses(model: Any, parts: Parts, part: str, options: Options) -> list[float]:
+    """Summed loss of every row of a part."""
+    rows, size = parts.encoded[part], options.batch_size
+    model.train(options.base != "float")  # in evaluation mode bitsandbytes repacks its weights on some CPUs
+    return [loss for at in range(0, len(rows), size) for loss in answer_losses(model, rows[at : at + size])[0].tolist()]
 
 
 def counted(parts: Parts) -> dict[str, list[int]]:
@@ -240,8 +268,15 @@ def counted(parts: Parts) -> dict[str, list[int]]:
     }
 
 
-def loaded(options: Options) -> Any:
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(options.device)
+def loaded(options: Options, base: str | None = None) -> Any:
+    """The base model, quantised as the options say, or as `base` does."""
+    dtype, base = getattr(torch, options.dtype), base or options.base
+    if base == "float":
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=dtype, quantization_config=packing, device_map=options.device
+    )
 
 
 def seconds(device: str, task: Any) -> tuple[float, Any]:

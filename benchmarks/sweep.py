@@ -2,8 +2,10 @@
 
     python benchmarks/sweep.py --model MODEL --data gsm8k_train.jsonl --evaluation gsm8k_test.jsonl --work /tmp/sweep
     python benchmarks/sweep.py ... --methods gain:full,rotation:full:U,rotation:full:both --ranks 256 --seeds 0,1,2
+    python benchmarks/sweep.py ... --base nf4 --methods lora,loftq,repair --ranks 16 --seeds 0,1,2 --every 10
 
-A method is an init of prep.peft, `dora` (lora with use_dora), or CORE:BASIS[:ROTATE] of prep.attach. Every run is one
+A method is an init of prep.peft, `dora` (lora with use_dora), `loftq` (the plain SVD of a quantised base's error, where
+`repair` takes the whitened one), or CORE:BASIS[:ROTATE] of prep.attach. Every run is one
 line of JSON in WORK/runs.jsonl, written when it ends: the same command goes on with what is missing, and another grid
 adds to it. Each method begins with three learning rates around a usual one, and gets further ones until its best has a
 worse one on either side; later seeds run the best rate and its neighbours. benchmarks/evidence.py makes tables of it.
@@ -46,7 +48,7 @@ import prep
 
 INITS = ["lora", "dora", *(init for init in prep.peft.INITS if init not in ("lora", "repair"))]
 USUAL = {"lora": 2e-3, "dora": 2e-3, "eva": 2e-3, "milora": 2e-3, "corda_kpm": 2e-3, "gain": 2e-2, "rotation": 5e-3}
-USUAL |= {"ablation": 1e-2}  # where a method's learning rates begin; all others:
+USUAL |= {"ablation": 1e-2, "loftq": 2e-3, "repair": 2e-3}  # where a method's learning rates begin; all others:
 OTHERWISE = 1e-3
 
 
@@ -111,6 +113,10 @@ class Grid:
 @click.option("--max-length", default=192, help="Rows with more tokens are left out.")
 @click.option("--accuracy", default=0, help="Held-out questions that every run answers.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option(
+    "--base", type=click.Choice(["float", "nf4", "fp4"]), default="float", help="What bitsandbytes makes of it."
+)
+@click.option("--every", default=0, help="Steps between losses on the held-out rows; 0 for those after training only.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 def main(
     methods: str, ranks: str, seeds: str, factor: float, growth: int, minutes: float, processes: int, **common: Any
@@ -177,6 +183,7 @@ def prepare(options: Options, grid: Grid) -> Parts:
         **{name: described(rows) for name, rows in parts.encoded.items()},
         **{key: getattr(options, key) for key in ("steps", "batch_size", "max_length", "accuracy", "dtype")},
         "device": torch.device(options.device).type,
+        **({} if options.base == "float" else {"base": options.base}),
     }
     lines = read_lines(options.lines)
     if lines and lines[0] != setting:
@@ -185,8 +192,9 @@ def prepare(options: Options, grid: Grid) -> Parts:
     if not lines:
         write(options, setting)
         write(options, {"kind": "store", **json.loads(times.read_text())})
-        model = loaded(options)
-        write(options, {"kind": "base", **counted(parts), **evaluated(model, parts, options)})
+        write(options, {"kind": "base", **counted(parts), **evaluated(loaded(options), parts, options)})
+        if options.base != "float":
+            write(options, {"kind": "float", **evaluated(loaded(options, "float"), parts, options)})
     return parts
 
 

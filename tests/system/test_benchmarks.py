@@ -1,6 +1,7 @@
 """Every benchmark runs to its end on a tiny model, which includes its own comparison of results."""
 
 import json
+import re
 import runpy
 import sys
 import xml.etree.ElementTree
@@ -115,12 +116,25 @@ def test_repair(run, tmp_path):
     pytest.importorskip("bitsandbytes")
     given = tiny.sources(tmp_path, tiny.wide(), sentences=120)
     files = ["--train", given.data, "--test", given.data, "--template", "{text}", "--work", tmp_path / "work"]
-    sizes = ["--sequences", 30, "--seq-len", 16, "--ranks", 2, 4, "--rows", 3, "--blocks", ".1.", "--steps", 5]
+    sizes = ["--sequences", 30, "--seq-len", 16, "--ranks", 2, 4, "--rows", 3, "--blocks", ".1."]
     printed = run("repair", "--model", given.model, *files, *sizes, "--recipes", "nf4", "int3")
     assert "480 tokens of" in printed
     assert "of 56 cases: whitened > diagonal in 0, diagonal > plain SVD in" in printed
     assert "\n7 layers, sqrtm: " in printed
-    assert "\nLoftQ " in printed
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("kind", ["llama", "moe"])
+def test_large(run, tmp_path, kind):
+    model, store = tmp_path / "model", tmp_path / "s.zarr"
+    assert " parameters in 2 blocks, " in run(
+        "large", "make", kind, "--path", model, "--shrink", 32, "--billions", 1e-9
+    )
+    where = ["--model", model, "--store", store]
+    printed = run("large", "covariance", *where, "--num-sequences", 4, "--seq-len", 16)
+    printed += run("large", "decompose", *where, "--rank", 4)
+    assert " layers calibrated on 64 tokens, in " in printed and " in metric full, in " in printed
+    assert all(0 < float(share) <= 1.001 for share in re.findall(r"([0-9.]+) of its size", printed))
 
 
 def test_gpu(run, tmp_path):
@@ -180,17 +194,32 @@ def test_sweep(sweep, run, tmp_path):
 
     page.write_text("# Page\n\n<!-- begin: made by benchmarks/evidence.py -->\nold\n<!-- end -->\nrest\n")
     run("evidence", path, "--page", page)
-    written = page.read_bytes(), (tmp_path / "evidence.svg").read_bytes()
+    written = page.read_bytes(), (tmp_path / "runs.svg").read_bytes()
     assert all(f"\n| `{method}` | ".encode() in written[0] for method in METHODS) and b"old" not in written[0]
     assert xml.etree.ElementTree.fromstring(written[1]).tag.endswith("svg")
     run("evidence", path, "--page", page)
-    assert (page.read_bytes(), (tmp_path / "evidence.svg").read_bytes()) == written
+    assert (page.read_bytes(), (tmp_path / "runs.svg").read_bytes()) == written
 
     larger = sweep("--methods", "whitened", "--ranks", "4", "--seeds", "0", "--growth", 0)
     assert larger.count("whitened         r 4 ") == 3
 
     with pytest.raises(SystemExit, match="another steps: take another --work"):
         sweep("--methods", "lora", "--steps", 3)
+
+
+def test_sweep_of_a_quantised_base(sweep, run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sweep("--base", "nf4", "--methods", "lora,loftq,repair", "--ranks", 2, "--seeds", 0, "--growth", 0, "--every", 1)
+    path, page = tmp_path / "work" / "runs.jsonl", tmp_path / "page.md"
+    setting, _, base, whole, *runs = map(json.loads, path.read_text().splitlines())
+    assert setting["base"] == "nf4" and whole["kind"] == "float" and whole["losses"] != base["losses"]
+    start = {line["method"]: line["course"]["0"] for line in runs}
+    assert start["lora"] == pytest.approx(sum(base["losses"]), abs=0.01)
+    assert len(set(start.values())) == 3 and len(runs) == 9
+    page.write_text("<!-- begin: made by benchmarks/evidence.py -->\n<!-- end -->\n")
+    run("evidence", path, "--page", page)
+    assert page.read_text().count("| `repair` | ") == 3 and "| method | 0 | 1 | 2 |" in page.read_text()
+    assert "packed as nf4" in page.read_text() and "](runs.svg)" in page.read_text()
 
 
 def test_sweep_refuses_rows_of_two_parts(sweep, questions, tmp_path):
