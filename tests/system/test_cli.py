@@ -514,3 +514,7 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left(monkeypatch):
         shown.advance(40)
     assert "covariance:  40%" in screen.getvalue()
     assert "tokens/s]" in screen.getvalue()
+    with progress.Progress("covariance", 100, "tokens") as shown:
+        shown.step("block 2 of 4", 25, done=5)
+        shown.advance(20)
+    assert "covariance: block 2 of 4, 25 of 25 tokens:  20%" in screen.getvalue()
