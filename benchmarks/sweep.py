@@ -5,10 +5,11 @@
     python benchmarks/sweep.py ... --base nf4 --methods lora,loftq,repair --ranks 16 --seeds 0,1,2 --every 10
 
 A method is an init of prep.peft, `dora` (lora with use_dora), `loftq` (the plain SVD of a quantised base's error, where
-`repair` takes the whitened one), or CORE:BASIS[:ROTATE] of prep.attach. Every run is one
-line of JSON in WORK/runs.jsonl, written when it ends: the same command goes on with what is missing, and another grid
-adds to it. Each method begins with three learning rates around a usual one, and gets further ones until its best has a
-worse one on either side; later seeds run the best rate and its neighbours. benchmarks/evidence.py makes tables of it.
+`repair` takes the whitened one), or CORE:BASIS[:ROTATE] of prep.attach. Every run is one line of JSON in
+WORK/runs.jsonl, written when it ends: the same command goes on with what is missing, and another grid adds to it. Each
+method begins with three learning rates around a usual one, and gets further ones until its best has a worse one on
+either side; later seeds run the best rate and, unless --no-beside, its neighbours. benchmarks/evidence.py makes tables
+of it.
 
 The first rows of the data are for calibration, its others for training, those of --evaluation are held out, and it is
 checked that no question is in two of these. LoRA's alpha is the rank everywhere. On CPUs durations are processor
@@ -54,13 +55,16 @@ OTHERWISE = 1e-3
 
 @dataclass(frozen=True)
 class Grid:
-    """What the sweep goes through. growth: the most learning rates that a method gets beyond its first three."""
+    """What the sweep goes through. growth: the most learning rates that a method gets beyond its first three; beside:
+    whether later seeds run the neighbours of the best one, too.
+    """
 
     methods: Sequence[str]
     ranks: Sequence[int]
     seeds: Sequence[int]
     factor: float
     growth: int
+    beside: bool = True
 
     def rate(self, method: str, place: int) -> float:
         """The learning rate so many factors from the method's usual one."""
@@ -71,12 +75,12 @@ class Grid:
         """Inverse of `rate`; `otherwise` where no rate is known."""
         return otherwise if rate is None else round(math.log(rate / self.rate(method, 0), self.factor))
 
-    def around(self, rank: int, places: dict[str, int], seeds: Sequence[int]) -> list[Run]:
+    def around(self, rank: int, places: dict[str, int], seeds: Sequence[int], beside: bool = True) -> list[Run]:
         """Each method at its place and at those beside it."""
         return [
             Run(method, rank, self.rate(method, place + side), seed)
             for seed in seeds
-            for side in (0, 1, -1)
+            for side in ((0, 1, -1) if beside else (0,))
             for method, place in places.items()
         ]
 
@@ -100,6 +104,7 @@ class Grid:
 @click.option("--seeds", default="0,1")
 @click.option("--factor", default=3.0, help="Between one learning rate and the next.")
 @click.option("--growth", default=4, help="Most learning rates of a method beyond its first three.")
+@click.option("--beside/--no-beside", default=True, help="Whether later seeds run the neighbours of the best rate.")
 @click.option("--minutes", default=1e9, help="No run begins after that many.")
 @click.option("--processes", default=1, help="Runs side by side.")
 @click.option("--threads", default=1, help="Of each process.")
@@ -119,13 +124,21 @@ class Grid:
 @click.option("--every", default=0, help="Steps between losses on the held-out rows; 0 for those after training only.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 def main(
-    methods: str, ranks: str, seeds: str, factor: float, growth: int, minutes: float, processes: int, **common: Any
+    methods: str,
+    ranks: str,
+    seeds: str,
+    factor: float,
+    growth: int,
+    beside: bool,
+    minutes: float,
+    processes: int,
+    **common: Any,
 ) -> None:
     """Make the store, then run what is missing."""
     begun = time.monotonic()
     options = Options(**common)
     numbers = ([int(number) for number in text.split(",")] for text in (ranks, seeds))
-    grid = Grid(methods.split(","), *numbers, factor, growth)
+    grid = Grid(methods.split(","), *numbers, factor, growth, beside)
     parts = prepare(options, grid)
     tokens, end = sum(counted(parts)["tokens"]), begun + 60 * minutes
     with workers(options, parts, processes) as run_all:
@@ -155,7 +168,11 @@ def missing(grid: Grid, lines: list[dict[str, Any]]) -> list[Run]:
         for stage in (
             grid.around(rank, first, grid.seeds[:1]),
             grid.grown(rank, best, lines),
-            [run for run in grid.around(rank, best, grid.seeds[1:]) if run.rate in curve(lines, run.method, rank)],
+            [
+                run
+                for run in grid.around(rank, best, grid.seeds[1:], grid.beside)
+                if run.rate in curve(lines, run.method, rank)
+            ],
         ):
             if todo := [run for run in stage if run not in done]:
                 return todo

@@ -267,6 +267,8 @@ def test_sweep_design(monkeypatch):
     order = [(line["rank"], line["seed"]) for line in lines[1:]]
     assert order == sorted(order)
     assert [line["method"] for line in lines[1:10]] == list(valleys) * 3
+    alone = simulated(missing, Grid(["lora"], [8], [0, 1], 3.0, 9, beside=False), lambda run: abs(np.log(run.rate)))
+    assert [line["rate"] for line in alone[1:] if line["seed"]] == [best_rate(alone, "lora", 8)]
     monotone = simulated(missing, Grid(["lora"], [8], [0], factor=3.0, growth=2), lambda run: run.rate)
     assert len(monotone) == 1 + 3 + 2
 
