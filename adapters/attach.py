@@ -57,10 +57,8 @@ def attach(
     opened = store if isinstance(store, Store) else open_store(store)
     bases = opened.bases[basis]
     if isinstance(rank, int) and not 1 <= rank <= bases.method["rank"]:
-        raise PrepError(
-            f"rank {rank} asked for, basis {basis!r} holds 1 to {bases.method['rank']}: make it with "
-            f"{bases.command(rank)}"
-        )
+        instead = "take one of these" if rank < 1 else f"make it with {bases.command(rank)}"
+        raise PrepError(f"rank {rank} asked for, basis {basis!r} holds 1 to {bases.method['rank']}: {instead}")
     names = matching(bases, layers)
     if isinstance(rank, str):
         rank = choice(opened, bases, rank, names).ranks

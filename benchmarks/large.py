@@ -184,6 +184,8 @@ def done(options: argparse.Namespace) -> str:
     """What is in the store."""
     store = prep.open_store(options.store)
     if options.command == "covariance":
+        if store.status != "complete":
+            return "stopped"
         return f"{len(store.moments)} layers calibrated on {store.corpus['tokens']:,} tokens"
     basis = store.bases.open(store.bases.names[-1])
     return f"{len(basis.layers)} of {len(basis.expected)} layers in metric {basis.name}"

@@ -146,7 +146,6 @@ def _calibrate(world: World, options: CovarianceOptions, module: nn.Module | Non
     run = world.on_all(Run.of, options, source)
     if isinstance(source, Text) and options.dry_run:
         source = source.after(growth(options, run))
-        announce(options, source)
     else:
         done = world.on_rank_zero(_is_finished, options, run)
         if done:
@@ -188,7 +187,10 @@ def _is_finished(options: CovarianceOptions, run: Run) -> bool:
 
 def _network(options: CovarianceOptions, run: Run, source: Source, world: World, module: nn.Module | None) -> Network:
     """The layers and sites of the model, which is loaded unless it is to be block by block."""
-    if module is None and (empty := without_blocks(options, run, world)) is not None:
+    empty = without_blocks(options, run, world) if module is None else None
+    if isinstance(source, Text) and options.dry_run:
+        announce(options, source, by_block=empty is not None)
+    if empty is not None:
         return observe_blocks(empty, source, options, torch.device(world.device(options.device)))
     return observe(_load(options, world) if module is None else module, source, options)
 

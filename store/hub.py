@@ -143,6 +143,17 @@ class Snapshot:
             )
         return Path(root, self.at.folder)
 
+    def mended(self) -> bool:
+        """Download again what the cache holds otherwise than the repository; whether there was any such file."""
+        from huggingface_hub import constants
+
+        where = {"repo_type": self.at.kind, "revision": self.at.revision, "cache_dir": constants.HF_HUB_CACHE}
+        with schema.disk_guard(constants.HF_HUB_CACHE), self._reading(), _session() as api:
+            damaged = api.verify_repo_checksums(self.at.id, **where).mismatches
+            for file in damaged:
+                api.hf_hub_download(self.at.id, file["path"], **where, force_download=True)
+        return bool(damaged)
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:

@@ -35,6 +35,10 @@ PIECE = 2**26  # bytes: larger files are copied one by one, in such pieces
 _ROOT = "zarr.json"
 
 
+class Damaged(StoreError):
+    """What was to be copied, or the copy, is not whole."""
+
+
 def push(store: str | Path, url: str, *, overwrite: bool = False, break_lock: bool = False) -> Store:
     """Copy a store to `url` (any fsspec file system that can be written to) and read it back to verify it.
 
@@ -81,7 +85,7 @@ def pull(
     """Copy the store at `url` to the path `store` and verify it; it appears there whole or not at all.
 
     `hf://owner/name[@revision]` comes through the hub's cache, where it stays: what an interrupted pull has fetched is
-    not fetched again.
+    not fetched again, unless it is found to be damaged there.
 
     overwrite: replace the store at `store`. break_lock: take a writer's lock that another machine has left behind.
 
@@ -92,7 +96,13 @@ def pull(
     at = repository(url)
     if at is not None:
         _check_free(store, "--store", overwrite)  # before anything is fetched
-        return _to_path(*_from_hub(at), store, "--store", overwrite, break_lock)
+        shot = Snapshot(at)
+        try:
+            return _to_path(*_from_hub(shot), store, "--store", overwrite, break_lock)
+        except Damaged:
+            if not shot.mended():  # the repository is what is damaged
+                raise
+        return _to_path(*_from_hub(shot), store, "--store", overwrite, break_lock)
     return _to_path(*_source(url, store), store, "--store", overwrite, break_lock)
 
 
@@ -102,7 +112,7 @@ def verified(location: str | Path, name: str) -> Store:
     findings = verify_store(source, numerics=False).findings
     if findings:
         first, more = findings[0], f" ({len(findings)} such findings)" if len(findings) > 1 else ""
-        raise StoreError(f"{name} is damaged: {first.where}: {first.problem}{more}")
+        raise Damaged(f"{name} is damaged: {first.where}: {first.problem}{more}")
     return source
 
 
@@ -156,16 +166,19 @@ def _at_path(source: Store, entries: dict[str, Layout | None]) -> Iterator[Path]
         yield Path(folder)
 
 
-def _from_hub(at: Repository) -> tuple[Store, dict[str, Layout | None]]:
+def _from_hub(shot: Snapshot) -> tuple[Store, dict[str, Layout | None]]:
     """The store of a repository in the hub's cache, and what it consists of; no more than that is fetched."""
-    shot = Snapshot(at)
+    at = shot.at
     if _ROOT not in shot.sizes:
         open_store(at.url)  # says so
     documents = [name for name in filter(_is_file_of_store, shot.sizes) if name.endswith("zarr.json")] + [_ROOT]
     if sum(shot.sizes[name] for name in documents) > MAX_DOCUMENTS:
         raise StoreError(f"{at.url} has more than {MAX_DOCUMENTS / 1e6:.0f} MB of metadata: the store is damaged")
     folder = shot.download(dict.fromkeys(documents, MAX_DOCUMENT), "*zarr.json")
-    entries = manifest(open_store(folder))
+    try:
+        entries = manifest(open_store(folder))
+    except StoreError as error:
+        raise Damaged(str(error)) from error
     return open_store(shot.download(_limits(entries))), entries
 
 

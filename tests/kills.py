@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -73,6 +75,48 @@ def cut_short(options: Mapping[str, Any], threads: int, batches: int | None, sai
 
     job.Calibration._added = counted  # type: ignore[method-assign]
     _run("covariance", options, said, threads)
+
+
+class Command:
+    """The command `prep` in a `process` of its own in `folder`, with nothing imported anew.
+
+    environment: also of huggingface_hub, as it would have been read while that was imported.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None):
+        self._said = tempfile.TemporaryDirectory()
+        names = [f"{self._said.name}/out", f"{self._said.name}/err"]
+        given = (list(arguments), str(folder), dict(environment or {}), names)
+        self.process = CONTEXT.Process(target=_command, args=given)
+        self.process.start()
+
+    def ended(self) -> Any:
+        """When it is: its `returncode`, and all of its `stdout` and `stderr`."""
+        self.process.join()
+        with self._said as said:
+            out, err = (Path(said, name).read_text() for name in ("out", "err"))
+        return SimpleNamespace(returncode=self.process.exitcode, stdout=out, stderr=err)
+
+
+def command(arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Any:
+    """How a command ends, see `Command`."""
+    return Command(arguments, folder, environment).ended()
+
+
+def _command(arguments: list[str], folder: str, environment: dict[str, str], names: list[str]) -> None:
+    from huggingface_hub import constants
+
+    from prep.cli import main
+
+    for number, name in enumerate(names, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    os.environ.update(environment)
+    if "HF_ENDPOINT" in environment:
+        constants.ENDPOINT = environment["HF_ENDPOINT"]
+    if "HF_HUB_OFFLINE" in environment:
+        constants.HF_HUB_OFFLINE = environment["HF_HUB_OFFLINE"] == "1"
+    main(arguments, prog_name="prep")
 
 
 def _die() -> None:

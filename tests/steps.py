@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from kills import CONTEXT
 
+SOME = pytest.mark.parametrize("by", [8, pytest.param(1, marks=pytest.mark.stress)])  # steps from one kill to the next
 STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 
 
@@ -38,9 +40,12 @@ def killed_at(step: int, work: Callable[..., Any], *arguments: Any) -> bool:
     return process.exitcode != 0
 
 
-def every_step(work: Callable[..., Any], prepare: Callable[[], tuple], first: int = 1, by: int = 1) -> Iterator[int]:
-    """Kill `work(*prepare())` before each of its steps in turn; their numbers, each after the kill."""
-    step = first
+def every_step(work: Callable[..., Any], prepare: Callable[[], tuple], by: int = 1, dense: int = 1) -> Iterator[int]:
+    """Kill `work(*prepare())` before each of its steps in turn; their numbers, each after the kill.
+
+    Before each of the first `dense` steps, then before every `by`-th.
+    """
+    step = 1
     while killed_at(step, work, *prepare()):
         yield step
-        step += by
+        step += 1 if step < dense else by

@@ -67,8 +67,12 @@ class BlockByBlock(Calibration):
     def parts(self) -> Iterator[Part]:
         """The passes that are left, each with its block in memory."""
         numbers = [self._network.blocks[sites[0].name] for sites in self._passes]
-        for sites, block, following in zip(self._passes, numbers, [*numbers[1:], None], strict=True):
+        for i, (sites, block, following) in enumerate(zip(self._passes, numbers, [*numbers[1:], None], strict=True)):
             self._keeps = following is not None and following != block
+            passes, before = numbers.count(block), numbers[:i].count(block)
+            name = f"block {block + 1} of {len(self._stack.names)}"
+            name += f", pass {before + 1} of {passes}" if passes > 1 else ""
+            self._progress.step(name, self._source.total, self._source.size(0, self._batches))
             self._prepare(block - 1)
             self._scratch.drop_before(block - 1)
             with self._loaded(block):
@@ -148,8 +152,6 @@ class BlockByBlock(Calibration):
             for name in (name for site in self._network.sites for name in site.members):
                 if name not in known:  # an expert that no token reached, of a block that was done before a resume
                     known[name] = weight_record(name, self._network.layers[name])
-            with contextlib.suppress(OSError, PrepError):
-                remove(folder_of(self._options.store))
             self._run = self._run.loaded(self._network)
         return super().store()
 

@@ -60,11 +60,12 @@ class Estimate:
     scratch: int = 0
 
 
-def announce(options: CovarianceOptions, source: Text) -> None:
-    """Say, before it takes its time, what a dry run does."""
+def announce(options: CovarianceOptions, source: Text, by_block: bool) -> None:
+    """Say, before it takes its time, what a dry run does. by_block: the model is not loaded whole."""
     of, sample = source.sequences, source.batch_size + 1
     runs = f"runs a sample, {sample:,} of {of:,} sequences a pass" if sample < of else "runs one batch"
-    say(f"dry run: loads the model and {runs}; nothing is stored", options.quiet)
+    does = "loads the largest block and runs one batch through it" if by_block else f"loads the model and {runs}"
+    say(f"dry run: {does}; nothing is stored", options.quiet)
 
 
 def estimate(options: CovarianceOptions, network: Network, source: Text, loading: float) -> Estimate:

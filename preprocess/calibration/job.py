@@ -35,6 +35,7 @@ from .devices import place_sums
 from .part import Batch, Part
 from .plan import Plan, make_plan, tokens_kept, too_few_tokens
 from .run import Run
+from .scratch import folder_of, remove
 from .signals import Signals
 from .state import State, check_done, look, undo
 from .sums import stored_sums, whole_sums, with_half
@@ -316,6 +317,8 @@ class Calibration:
             missing = [site.name for site in self._network.sites if site.name not in self._done]
             if missing:
                 raise PrepError(f"{missing[0]} has no moments yet: every part that `parts` gives must be written")
+            with contextlib.suppress(OSError, PrepError):  # of this run, or left by a killed one block by block
+                remove(folder_of(self._options.store))
             corpus = {"tokens": max(self._seen.values(), default=0), **self._source.about}
             run = {**self._run.attributes()["run"], "seconds": round(time.monotonic() - self._started, 3)}
             found = {"model": self._run.model, "corpus": corpus, "id": self._run.id(corpus), "run": run}

@@ -145,7 +145,11 @@ ATTACH = {
     ),
     "rank 0": (
         attach(rank=0),
-        "rank 0 asked for, basis 'full' holds 1 to 24: make it with `prep decompose --rank 0 --overwrite`",
+        "rank 0 asked for, basis 'full' holds 1 to 24: take one of these",
+    ),
+    "a negative rank": (
+        attach(rank=-3),
+        "rank -3 asked for, basis 'full' holds 1 to 24: take one of these",
     ),
     "a budget that is none": (
         attach(rank="lots"),

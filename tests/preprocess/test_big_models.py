@@ -6,7 +6,6 @@ must be moved: `cpu:1`, which torch copies to and from as it does between accele
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -84,8 +83,15 @@ def assert_equal_layers(a, b):
             assert torch.equal(getattr(x, role), getattr(y, role)), (layer, role)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("moment", ["full", "output"])
+@pytest.mark.parametrize(
+    ("moment", "dtype"),
+    [
+        ("full", "float32"),
+        ("output", "bfloat16"),
+        pytest.param("full", "bfloat16", marks=pytest.mark.stress),
+        pytest.param("output", "float32", marks=pytest.mark.stress),
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "device_map"),
     [
@@ -213,16 +219,23 @@ def test_dense_models_are_read_where_they_are(made, folders):
         )
 
 
-def test_a_run_leaves_no_folder_behind(made, tmp_path):
-    """Neither a finished process nor one that ends with an error."""
-    (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "prep.cli", "covariance", "--model", made.model("Mixtral"), "--data", made.data]
-    command += ["--device-map", "disk", "--num-sequences", "8", "--seq-len", "16", "--store", str(tmp_path / "s")]
-    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
-    for options, code in ([], 0), (["--overwrite", "--memory-budget", "1kB"], 2):
-        run = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
-        assert run.returncode == code, run.stderr
-        assert not list((tmp_path / "tmp").iterdir())
+def test_a_run_leaves_no_folder_behind(made, folders):
+    """Neither one that is finished, nor one that ends with an error, nor a process that ends with a model in it."""
+    options = {"store": folders / "s", "device_map": "disk", **RUN}
+    prep.covariance(made.model("Mixtral"), made.data, **options)
+    with pytest.raises(PrepError, match=r"needs .* of accumulators"):
+        prep.covariance(made.model("Mixtral"), made.data, overwrite=True, memory_budget="1kB", **options)
+    gc.collect()
+    assert [path.name for path in folders.iterdir()] == ["s"]
+    code = (
+        "import sys, tempfile; from pathlib import Path; from prep.preprocess.model.loading import load_model\n"
+        "tempfile.tempdir = sys.argv[2]; model = load_model(sys.argv[1], device_map='disk')\n"
+        "print(*(path.name for path in Path(sys.argv[2]).iterdir())); raise SystemExit(2)"
+    )
+    command = [sys.executable, "-c", code, made.model("Mixtral"), str(folders)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and len(ended.stdout.split()) == 2, ended.stderr
+    assert [path.name for path in folders.iterdir()] == ["s"]
 
 
 def test_values_that_are_nowhere():

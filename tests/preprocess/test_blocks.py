@@ -109,9 +109,10 @@ def test_with_other_options(made, tmp_path, options):
 
 
 def test_a_store_grows_block_by_block(made, tmp_path):
+    one = saved(tmp_path, FAMILIES["Llama"], made.data)
     for store, ways in (("a", (False, False)), ("b", (False, True)), ("c", (True, False))):
         for way, sequences in zip(ways, (8, 24), strict=True):
-            calibrate(made, tmp_path / store, num_sequences=sequences, block_by_block=way)
+            calibrate(one, tmp_path / store, num_sequences=sequences, block_by_block=way)
     assert_same(tmp_path / "a", tmp_path / "b")
     assert_same(tmp_path / "a", tmp_path / "c")
 
@@ -152,14 +153,25 @@ def test_a_model_that_does_not_fit_is_taken_block_by_block(made, tmp_path, monke
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_dry_run_tells_blocks_and_scratch(made, tmp_path):
+def test_a_dry_run_tells_blocks_and_scratch(made, tmp_path, capfd):
     plain = calibrate(made, tmp_path / "s", dry_run=True, block_by_block=False)
-    told = calibrate(made, tmp_path / "s", dry_run=True)
+    told = calibrate(made, tmp_path / "s", dry_run=True, quiet=False)
+    line = "dry run: loads the largest block and runs one batch through it; nothing is stored\n"
+    assert capfd.readouterr().err == line
     assert (told.blocks, told.passes, told.scratch, plain.blocks) == (3, 3, 0, 0)
     assert told.accumulators < plain.accumulators and told.disk == plain.disk
     assert told.hidden == 24 * max(len(text.split()) for text in SENTENCES) * 32 * 4
     assert calibrate(made, tmp_path / "s", dry_run=True, memory_budget=SMALL).scratch == 2 * told.hidden
     assert not (tmp_path / "s").exists()
+
+
+def test_what_is_told_is_of_the_block_under_way(made, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("prep.preprocess.progress._LINE_EVERY", 0.0)
+    packed = {"pack": True, "num_sequences": 4, "batch_size": 2, "quiet": False}
+    calibrate(made, tmp_path / "s", **packed, layers="1-2", exclude=["experts"], memory_budget=10_000)
+    told = [line.split(" in ")[0] for line in capfd.readouterr().err.splitlines() if line.startswith("covariance")]
+    passes = [f"block {block} of 3, pass {number} of 2" for block in (2, 3) for number in (1, 2)]
+    assert told == [f"covariance: {one}, {tokens} of 64 tokens" for one in passes for tokens in (32, 64)]
 
 
 # Killed and resumed
@@ -192,10 +204,14 @@ def test_killed_and_resumed(made, tmp_path, budget, batches):
 
 @pytest.mark.parametrize("first", [True, False], ids=["begun by blocks", "ended by blocks"])
 def test_resumed_in_the_other_way(made, tmp_path, first):
+    """The one that completes the store takes away what the other has left beside it."""
     store = tmp_path / "s"
-    assert killed(made, store, 9 if first else 4, block_by_block=first)
+    budget = SMALL if first else 10**9
+    assert killed(made, store, 9 if first else 4, block_by_block=first, memory_budget=budget)
+    assert folder_of(store).exists() == first
     calibrate(made, store, block_by_block=not first)
     assert_same(store, made.whole)
+    assert not folder_of(store).exists()
 
 
 def test_a_signal_stores_the_state(made, tmp_path, monkeypatch):

@@ -136,13 +136,9 @@ def growth_survives(place, tmp_path, count):
     assert resumed
 
 
-def test_growth_killed_3_times(place, tmp_path):
-    growth_survives(place, tmp_path, 3)
-
-
-@pytest.mark.stress
-def test_growth_killed_20_times(place, tmp_path):
-    growth_survives(place, tmp_path, 20)
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.stress)])
+def test_growth_killed(place, tmp_path, count):
+    growth_survives(place, tmp_path, count)
 
 
 @pytest.mark.stress

@@ -1,8 +1,10 @@
 """--label-mask: moments of the tokens of answers only, while the model reads whole sequences."""
 
 import json
+import signal
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from prep.preprocess.corpus.labels import answers
 from prep.preprocess.corpus.mixture import load_mixture
 from prep.preprocess.corpus.text import CorpusOptions, load_corpus
 from prep.store import open_store
+from prep.store.checkpoint import read_checkpoint
 
 TEMPLATE = {"template": "{question} w0 {answer}", "label_mask": True, "answer_from": "{answer}"}
 RUN = {**tiny.RUN, "num_sequences": 16, "seq_len": 12}
@@ -151,6 +154,28 @@ def test_experts_compute_with_all_tokens_and_count_the_answers(given, tmp_path):
     for block in "01":
         names = [x for x in store.moments if f"layers.{block}." in x and x.endswith("gate_up_proj")]
         assert sum(store.moments[name].count for name in names) == 2 * made.tokens  # each goes to two experts
+
+
+def test_a_killed_run_goes_on_to_the_same_store(given, tmp_path):
+    """Killed after 5 batches of several passes; sums, halves and samples are those of a run that nothing ended."""
+    options = {**RUN, **TEMPLATE, "batch_size": 2, "keep_tokens": 20, "memory_budget": 60_000}
+    whole = prep.covariance(given.model, given.data, store=tmp_path / "whole", **options)
+    killed = {
+        **options,
+        "model": given.model,
+        "data": given.data,
+        "store": str(tmp_path / "s"),
+        "checkpoint_every": 0.0,
+    }
+    process = kills.CONTEXT.Process(target=kills.cut_short, args=(killed, 1, 5, str(tmp_path / "said")))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert read_checkpoint(open_store(tmp_path / "s").root)["batches"] > 0
+    again = prep.covariance(given.model, given.data, store=tmp_path / "s", **options)
+    (one, other), attrs = (tiny.contents(tmp_path / name) for name in ("whole", "s")), {"run": None}
+    assert {**whole.attrs, **attrs} == {**again.attrs, **attrs}
+    assert {**one, "zarr.json": b""} == {**other, "zarr.json": b""}
 
 
 def test_growing_and_other_labels(given, tmp_path):

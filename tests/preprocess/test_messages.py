@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prep
+from prep.preprocess.calibration.choice import check_blocks
+from prep.preprocess.distributed import World
+from prep.preprocess.options import CovarianceOptions
 
 O_PROJ, DOWN = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
 
@@ -345,6 +348,18 @@ COVARIANCE = {
         covariance(device_map={"model.layers": "cpu"}),
         "--device-map has no device for model.embed_tokens.weight: name its module, or '' for all others",
     ),
+    "blocks read once, and again and again": (
+        covariance(block_by_block=True, until="2%"),
+        "--until runs the model again and again, --block-by-block reads it once: leave out one of them",
+    ),
+    "blocks in two places": (
+        covariance(block_by_block=True, device_map="auto"),
+        "--device-map and --block-by-block both say where the model goes: leave out one of them",
+    ),
+    "blocks of several processes": (
+        lambda: check_blocks(CovarianceOptions("model", "text.jsonl", block_by_block=True), World(size=2)),
+        "--block-by-block is for one process, these are 2: start it without torchrun",
+    ),
     "a limit for no device": (
         covariance(device_map="auto", max_memory="cuda:0=1GB"),
         "--max-memory names 'cuda:0': number the accelerators, like 0=20GB,cpu=60GB",
@@ -433,6 +448,10 @@ BATCHES = {
     "a dtype for a module": (
         batches(dtype="bfloat16"),
         "dtype= is for loading a path or hub id: prepare the module itself",
+    ),
+    "blocks of a module": (
+        batches(block_by_block=True),
+        "block_by_block= is for loading a path or hub id: prepare the module itself",
     ),
     "a mask that is no tensor": (
         batches(mask=lambda batch: [1]),

@@ -3,11 +3,10 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import kills
 import pytest
 import tiny
 import torch
@@ -289,30 +288,19 @@ def test_a_store_that_appears_while_the_model_is_loaded_is_not_replaced(made, ru
 # Signals
 
 
-def test_ctrl_c_is_a_keyboard_interrupt_and_the_state_is_stored(made, run):
+def test_ctrl_c_is_a_keyboard_interrupt_and_the_state_is_stored(made, run, monkeypatch):
     """`except Exception` of a script does not swallow it."""
-    script = f"""
-import time, prep
-from prep.preprocess.calibration.job import Calibration
-added = Calibration._added
-def slow(self, *arguments):
-    added(self, *arguments)
-    print("batch", flush=True)
-    time.sleep(0.3)
-Calibration._added = slow
-try:
-    try:
-        prep.covariance({run.model!r}, {made.data!r}, store={str(run.store)!r}, **{made.options!r})
-    except Exception as error:
-        print("swallowed", error)
-except KeyboardInterrupt as stop:
-    print("stopped:", stop)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "batch\n"
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert "stopped: stopped after" in out and "the same command resumes" in out and "swallowed" not in out
+    added = Calibration._added
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        added(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_added", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"stopped after 1 batches, .* the same command resumes") as stop:
+            run.covariance()
+    assert not isinstance(stop.value, Exception)
     assert open_store(run.store).status == "incomplete"
     run.covariance()
     moments_equal(run.store, made.whole)
@@ -321,13 +309,13 @@ except KeyboardInterrupt as stop:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_ends_with_the_shell_s_code_and_one_line(made, run, number):
     text = tiny.write_data(run.store.parent / "long.jsonl", tiny.texts(3000))
-    command = [sys.executable, "-m", "prep.cli", "covariance", "--model", run.model, "--data", text, "--quiet"]
-    command += ["--num-sequences", "1000", "--seq-len", "16", "--batch-size", "1", "--store", str(run.store)]
-    process = subprocess.Popen([*command, "--checkpoint-every", "0s"], stderr=subprocess.PIPE, text=True)
+    options = ["--model", run.model, "--data", text, "--store", str(run.store), "--quiet", "--checkpoint-every", "0s"]
+    options += ["--num-sequences", "1000", "--seq-len", "16", "--batch-size", "1"]
+    command = kills.Command(["covariance", *options], run.store.parent)
     while not (run.store / "checkpoint").exists():
-        assert process.poll() is None
+        assert command.process.is_alive()
         time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert said.startswith("Error: stopped after") and len(said.splitlines()) == 1
+    os.kill(command.process.pid, number)
+    done = command.ended()
+    assert done.returncode == 128 + number
+    assert done.stderr.startswith("Error: stopped after") and len(done.stderr.splitlines()) == 1

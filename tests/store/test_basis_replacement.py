@@ -148,7 +148,8 @@ def resume(path):
     writer.finish()
 
 
-def test_killed_at_every_step(store, tmp_path):
+@steps.SOME
+def test_killed_at_every_step(store, tmp_path, by):
     """Readers find the old basis or the new one, whole; the same again ends with the new one."""
     kept, work, seen = store.rename(tmp_path / "kept"), tmp_path / "s", []
 
@@ -157,7 +158,7 @@ def test_killed_at_every_step(store, tmp_path):
         shutil.copytree(kept, work)
         return (work,)
 
-    for step in steps.every_step(replace, again, by=4):
+    for step in steps.every_step(replace, again, max(by, 4)):
         seen.append(seed_of(work))
         resume(work)
         assert (seed_of(work), names(work), strays(work)) == (2, ["full", "zarr.json"], set()), step
@@ -170,7 +171,8 @@ def swapped(path):
     writer.finish()
 
 
-def test_killed_at_every_step_of_the_exchange(store, tmp_path):
+@steps.SOME
+def test_killed_at_every_step_of_the_exchange(store, tmp_path, by):
     writer = begin(open_store(store, "r+").root, 2)
     write(writer, 2)
     kept, work, seen, states = store.rename(tmp_path / "kept"), tmp_path / "s", [], set()
@@ -180,7 +182,7 @@ def test_killed_at_every_step_of_the_exchange(store, tmp_path):
         shutil.copytree(kept, work)
         return (work,)
 
-    for _ in steps.every_step(swapped, again):
+    for _ in steps.every_step(swapped, again, by, dense=12):
         states.add(tuple(names(work)))
         seen.append(seed_of(work))
         resume(work)

@@ -261,6 +261,28 @@ def test_an_interrupted_pull_fetches_the_rest(made, hub, tmp_path):
     assert tiny.contents(tmp_path / "back") == tiny.contents(made / "whole")
 
 
+def test_what_was_damaged_in_the_cache_is_fetched_again(made, hub, tmp_path):
+    push(made / "whole", URL)
+    pull(URL, tmp_path / "first")
+    [shot] = (tmp_path / "cache").glob("models--*/snapshots/*")
+    chunk = "moments/model.layers.1.mlp.down_proj/second_moment/c/0/0"
+    (shot / chunk).write_bytes(flip((shot / chunk).read_bytes(), 100, 1))
+    pull(URL, tmp_path / "second")
+    (shot / "bases/full/zarr.json").write_text("{")
+    hub.log.clear()
+    pull(URL, tmp_path / "third")
+    assert tiny.contents(tmp_path / "second") == tiny.contents(tmp_path / "third") == tiny.contents(made / "whole")
+    fetched = [path for method, path, _ in hub.log if method == "GET" and not path.startswith("/api/")]
+    assert len(fetched) == 1 and fetched[0].endswith("/bases/full/zarr.json")
+    repo = hub.repos[REPO]
+    bad = ("text", flip(hub.content(REPO, chunk), 100, 1))
+    repo.add({**repo.commits[repo.order[-1]], chunk: bad})  # now the repository is what is damaged
+    with pytest.raises(StoreError, match=r"the copy is damaged: moments/.* does not match its checksum") as caught:
+        pull(URL, tmp_path / "fourth")
+    one_line(caught)
+    assert not (tmp_path / "fourth").exists()
+
+
 # Reading
 
 

@@ -138,6 +138,7 @@ def test_a_strangers_file_is_not_taken_for_a_lock(tmp_path, break_lock):
     assert (tmp_path / "precious").read_text() == "x"
 
 
+@pytest.mark.stress  # test_platforms.py hides more from all modules
 def test_the_lock_module_needs_no_fcntl():
     code = "import sys; sys.modules['fcntl'] = None; import prep.store.lock, prep.store.transfer, prep.store.pool"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import hub as standin
 import messages
 import pytest
 import tiny
@@ -372,6 +373,139 @@ COPY = {
 @pytest.mark.parametrize("asked", COPY)
 def test_push_and_pull(here, asked):
     messages.check(*COPY[asked])
+
+
+@pytest.fixture(scope="module")
+def hub(place, tmp_path_factory):
+    """A stand-in of the hub with `store`, a copy of `a`, and `model`, which has a card of its own."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        standin.standing(patch, tmp_path_factory.mktemp("cache")) as hub,
+    ):
+        push(place / "a", "hf://me/store")
+        repo = hub.repos["models/me/store"]
+        whole = dict(repo.commits[repo.order[-1]])
+        mean = f"{MEAN}/c/0"
+        for branch, tree in {
+            "large": {**whole, mean: ("text", bytes(10**4))},
+            "short": {name: file for name, file in whole.items() if name != mean},
+            "damaged": {**whole, mean: ("text", flip(hub.content("models/me/store", mean), 5, 1))},
+        }.items():
+            repo.add(tree, branch)
+        hub.repos["models/me/model"] = standin.Repo(False)
+        hub.repos["models/me/model"].add({"README.md": ("text", b"---\nlibrary_name: peft\n---\nMy model")})
+        yield hub
+
+
+def where(name, value, call):
+    """The call where a variable of a module has another value."""
+
+    def run():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(name, value)
+            call()
+
+    return run
+
+
+def as_another(call):
+    def run():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_TOKEN", "hf_another")
+            call()
+
+    return run
+
+
+COMMIT = "0" * 40
+HUB = {
+    "no repository": (
+        lambda: open_store("hf://me/none"),
+        "no repository or revision at hf://me/none: check its name, or log in with `hf auth login`",
+    ),
+    "no branch": (
+        lambda: pull("hf://me/store@none", "c"),
+        "no repository or revision at hf://me/store@none: check its name, or log in with `hf auth login`",
+    ),
+    "no store in a repository": (
+        lambda: pull("hf://me/model", "c"),
+        "no store at hf://me/model: run `prep covariance --model X --data Y` first, or name one with --store",
+    ),
+    "writing file by file": (
+        lambda: open_store("hf://me/store", "r+"),
+        "hf://me/store cannot be written to file by file: work on a copy, `prep pull`, and push that",
+    ),
+    "offline": (
+        where("huggingface_hub.constants.HF_HUB_OFFLINE", True, lambda: open_store("hf://me/store")),
+        "hf://me/store is on the hub, and HF_HUB_OFFLINE keeps prep from it: unset that, or name a copy",
+    ),
+    "another server": (
+        where("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9", lambda: open_store("hf://me/store")),
+        "hf://me/store cannot be read (...): check path, permission and connection",
+    ),
+    "push over a store": (
+        lambda: push("b", "hf://me/store"),
+        "hf://me/store holds something already: name another URL, or replace it with --overwrite",
+    ),
+    "push over a card": (
+        lambda: push("b", "hf://me/model"),
+        "hf://me/model has a README.md of its own: name another URL, or replace it with --overwrite",
+    ),
+    "push to a commit": (
+        lambda: push("b", f"hf://me/store@{COMMIT}"),
+        f"hf://me/store@{COMMIT} names a commit, which stays as it is: name a branch, or none",
+    ),
+    "push to no branch": (
+        lambda: push("b", "hf://me/store@next"),
+        "hf://me/store@next names a branch that is not there: make it on the hub, or leave it out",
+    ),
+    "push without permission": (
+        as_another(lambda: push("b", "hf://me/new")),
+        "cannot write to hf://me/new (...): check the address and your permissions",
+    ),
+    "pull too much metadata": (
+        where("prep.store.transfer.MAX_DOCUMENTS", 1000, lambda: pull("hf://me/store", "c")),
+        "hf://me/store has more than 0 MB of metadata: the store is damaged",
+    ),
+    "pull a file that is too large": (
+        lambda: pull("hf://me/store@large", "c"),
+        f"hf://me/store@large/{MEAN}/c/0 is larger than 388 bytes: restore the store from a copy",
+    ),
+    "pull without a file": (
+        lambda: pull("hf://me/store@short", "c"),
+        f"hf://me/store@short/{MEAN}/c/0 is missing: restore the store from a copy",
+    ),
+    "pull a damaged file": (
+        lambda: pull("hf://me/store@damaged", "c"),
+        f"the copy is damaged: {MEAN}: .../{MEAN} (chunk c/0) does not match its checksum: restore the store from a "
+        "copy",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", HUB)
+def test_the_hub(here, hub, asked):
+    messages.check(*HUB[asked])
+
+
+BROKEN = {
+    "files are refused": (
+        ("/resolve/", 403),
+        "hf://me/store cannot be read (...): the same command goes on from there",
+    ),
+    "it is another server": (
+        ("/revision/", 200),
+        "hf://me/store cannot be read (the answer is none of the hub; HF_ENDPOINT names it): check path, permission "
+        "and connection",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_hub_that_answers_otherwise(here, hub, monkeypatch, how):
+    (part, status), sentence = BROKEN[how]
+    monkeypatch.setattr(hub, "refuse", lambda method, path: status if part in path else None)
+    messages.check(lambda: pull("hf://me/store", "c"), sentence)
 
 
 INFO = {

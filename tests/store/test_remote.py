@@ -187,10 +187,11 @@ def test_verify_and_pool_read_from_urls(made, server, tmp_path):
     torch.testing.assert_close(pooled.moments[layer].mean, open_store(made.store).moments[layer].mean)
 
 
-def test_decompose_writes_to_a_url(made, s3):
-    push(made.store, f"s3://{BUCKET}/grown.zarr")
+def test_decompose_writes_to_a_url(made, s3, tmp_path):
+    local = tmp_path / "grown.zarr"
+    prep.covariance(made.model, made.data, store=local, layers="1", targets="self_attn", **tiny.RUN)
+    push(local, f"s3://{BUCKET}/grown.zarr")
     basis = prep.decompose(f"s3://{BUCKET}/grown.zarr", metric="diagonal", rank=4, quiet=True)
-    local = shutil.copytree(made.store, made.path / "grown.zarr")
     wanted = prep.decompose(local, metric="diagonal", rank=4, quiet=True)
     assert basis.hash == wanted.hash
     assert verify(f"s3://{BUCKET}/grown.zarr").findings == []
@@ -215,21 +216,25 @@ def test_pull_from_the_web_needs_no_listing(made, web, tmp_path):
     assert everything(tmp_path / "back.zarr") == everything(made.store)
 
 
-def test_what_is_there_is_kept_unless_asked(made, shelf, tmp_path):
+@pytest.mark.parametrize("where", ["memory", pytest.param("shelf", marks=pytest.mark.stress)])
+def test_what_is_there_is_kept_unless_asked(made, tmp_path, request, where):
+    url = "memory://kept/prep.zarr" if where == "memory" else request.getfixturevalue("shelf").url
+    if where == "memory":
+        push(made.store, url)
     with pytest.raises(StoreError, match="holds something already"):
-        push(made.store, shelf.url)
-    push(made.store, shelf.url, overwrite=True)
-    assert verify(shelf.url).findings == []
+        push(made.store, url)
+    push(made.store, url, overwrite=True)
+    assert verify(url).findings == []
     target = shutil.copytree(made.store, tmp_path / "s")
     before = everything(target)
     with pytest.raises(StoreError, match="exists already"):
-        pull(shelf.url, target)
+        pull(url, target)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("x")
     with pytest.raises(StoreError, match="is not a prep store"):
-        pull(shelf.url, tmp_path / "folder", overwrite=True)
+        pull(url, tmp_path / "folder", overwrite=True)
     assert (tmp_path / "folder" / "precious").exists()
-    assert everything(pull(shelf.url, target, overwrite=True).location) == before
+    assert everything(pull(url, target, overwrite=True).location) == before
 
 
 @pytest.mark.parametrize("damage", ["flipped", "deleted"])

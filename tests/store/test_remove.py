@@ -158,7 +158,8 @@ def finish(path):
             prep.remove(path, **options)
 
 
-def test_killed_at_every_step(made, tmp_path):
+@steps.SOME
+def test_killed_at_every_step(made, tmp_path, by):
     """Bases and moments are there whole or not at all, and the same command again ends without them."""
     kept, work, seen = tmp_path / "kept", tmp_path / "s", []
     prep.covariance(made.model, made.data, store=kept, targets="down_proj", layers="0", **tiny.RUN)
@@ -171,7 +172,7 @@ def test_killed_at_every_step(made, tmp_path):
         shutil.copytree(kept, work)
         return (work,)
 
-    for step in steps.every_step(removal, again, by=2):
+    for step in steps.every_step(removal, again, max(by, 2)):
         found = open_store(work)
         seen.append(("full" in found.bases, found.corpus is not None))
         assert bases_of(work) == (bases if seen[-1][0] else without(bases, "full")), step

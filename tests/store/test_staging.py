@@ -132,12 +132,13 @@ def settled(store):
     return which(store), which(beside(store))
 
 
+@steps.SOME
 @pytest.mark.parametrize("there", [True, False])
-def test_killed_at_every_step(made, tmp_path, there):
+def test_killed_at_every_step(made, tmp_path, there, by):
     """Old or new, both whole, at any instant and after the next writer's tidying; then the same again succeeds."""
     seen = set()
     store = tmp_path / "w" / "s"
-    for step in steps.every_step(put, lambda: (lay_out(made, tmp_path / "w", there=there),)):
+    for step in steps.every_step(put, lambda: (lay_out(made, tmp_path / "w", there=there),), by, dense=6):
         if store.exists():
             at_once = which(store)
         else:
@@ -157,7 +158,8 @@ def test_killed_at_every_step(made, tmp_path, there):
     assert settled(store) == ("new", None)
 
 
-def test_killed_while_tidying_up(made, tmp_path):
+@steps.SOME
+def test_killed_while_tidying_up(made, tmp_path, by):
     """The tidying itself may be killed wherever it stands, after a kill wherever that was."""
     store, step, worst = tmp_path / "w" / "s", 1, 0
     while steps.killed_at(step, put, lay_out(made, tmp_path / "w")):
@@ -170,11 +172,11 @@ def test_killed_while_tidying_up(made, tmp_path):
             shutil.copytree(kept, tmp_path / "w")
             return (store,)
 
-        for other in steps.every_step(recover, again, by=4):
+        for other in steps.every_step(recover, again, max(by, 4)):
             assert settled(store) in [("old", "new"), ("new", None)]
             worst = max(worst, other)
         assert settled(store) in [("old", "new"), ("new", None)]
-        step += 3
+        step += max(by, 3)
     assert step > 5 and worst > 5
 
 

@@ -458,7 +458,7 @@ def fuzz(store, cases, names):
 
 
 def test_fuzzed_metadata(store):
-    fuzz(store, 100, ("info", "read", "verify"))
+    fuzz(store, 50, ("info", "read", "verify"))
 
 
 @pytest.mark.stress

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kills
 import pytest
 import tiny
 import torch
@@ -93,9 +94,18 @@ def set_attributes(store, **changes):
 # The way through
 
 
-def test_the_way_through_in_real_processes(made, tmp_path):
+def interpreter(arguments, folder, environment=None):
+    """The command as a user starts it; kills.command does so without importing everything anew."""
+    environment = {**os.environ, **(environment or {})}
+    return subprocess.run([*COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "process", [kills.command, pytest.param(interpreter, marks=pytest.mark.stress)], ids=["forked", "new"]
+)
+def test_the_way_through_in_real_processes(made, tmp_path, process):
     def run(*arguments):
-        done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = process(arguments, tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines(), done.stderr.splitlines()
 
@@ -283,7 +293,7 @@ def test_activations_that_are_not_finite(made, here, value):
 
 
 def test_errors_in_real_processes_are_one_line(made, tmp_path):
-    """What other packages write to stderr on their own would show here."""
+    """What other packages write to stderr on their own would show here, in one of them while they are imported, too."""
     bad = with_weight(made, tmp_path / "bad", "model.layers.1.self_attn.o_proj", float("nan"))
     wider = edited(made.model, tmp_path / "wider", hidden_size=64, head_dim=8)
     remote = edited(made.model, tmp_path / "remote", model_type="strange", auto_map={"AutoConfig": "strange.Config"})
@@ -293,14 +303,12 @@ def test_errors_in_real_processes_are_one_line(made, tmp_path):
         "remote": (covariance(made, model=remote), "pass --trust-remote-code"),
         "hub": (covariance(made, model="nobody/nothing"), "cannot load the model nobody/nothing"),
     }
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": environment}
-    for pair in (["bad", "wider"], ["remote", "hub"]):
-        started = [subprocess.Popen([*COMMAND, *wanted[name][0]], **pipes) for name in pair]
-        for name, process in zip(pair, started, strict=True):
-            out, err = process.communicate()
-            assert (process.returncode, out) == (2, "")
-            assert len(err.splitlines()) == 1 and err.startswith("Error: ") and wanted[name][1] in err, err
+    for name, (arguments, said) in wanted.items():
+        process = interpreter if name == "bad" else kills.command
+        done = process(arguments, tmp_path, {"HF_HUB_OFFLINE": "1"})
+        assert (done.returncode, done.stdout) == (2, "")
+        err = done.stderr
+        assert len(err.splitlines()) == 1 and err.startswith("Error: ") and said in err, err
     assert not (tmp_path / "prep.zarr").exists()
 
 
@@ -505,3 +513,7 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left(monkeypatch):
         shown.advance(40)
     assert "covariance:  40%" in screen.getvalue()
     assert "tokens/s]" in screen.getvalue()
+    with progress.Progress("covariance", 100, "tokens") as shown:
+        shown.step("block 2 of 4", 25, done=5)
+        shown.advance(20)
+    assert "covariance: block 2 of 4, 25 of 25 tokens:  20%" in screen.getvalue()

@@ -156,7 +156,7 @@ def live(made: Path, folder: Path, seed: int, starts: tuple[int, int] = (2, 5)) 
     return killed
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(5, 20))])
 def test_a_calibration_with_a_history(made, tmp_path, seed):
     live(made, tmp_path / "h", seed, (1, 3))
 

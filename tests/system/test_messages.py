@@ -1,12 +1,10 @@
 """What errors advise: the shortest command, which works, and the nearest name."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
+import kills
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -158,13 +156,7 @@ def test_a_hub_that_is_not_reached_is_asked_once(calibrated, options, said):
     """In one line: the retries of the hub's client would be others."""
     given = dict(zip(options[::2], options[1::2], strict=True))
     command = [word for pair in ({"--model": "model", "--data": "text.jsonl"} | given).items() for word in pair]
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "prep.cli", "covariance", *command, "--store", "none.zarr"],
-        cwd=calibrated,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = kills.command(["covariance", *command, "--store", "none.zarr"], calibrated, environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"Error: {said}") and len(done.stderr.splitlines()) == 1, done.stderr

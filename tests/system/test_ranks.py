@@ -53,13 +53,18 @@ def same(a, b):
             assert tiny.relative(getattr(ours, name), getattr(theirs, name).numpy()) < 1e-12, (layer, name)
 
 
+LABELS = {"template": "{number} {text}", "label_mask": True, "answer_from": "{text}"}
+
+
 @pytest.mark.parametrize(
-    ("size", "per_node", "moment"), [(1, 1, "full"), (2, 2, "full"), (3, 3, "auto"), (2, 1, "auto"), (4, 2, "full")]
+    ("size", "per_node", "changed"),
+    [(1, 1, {}), (2, 2, {}), (2, 2, LABELS), (3, 3, {"moment": "auto"}), (2, 1, {"moment": "auto"}), (4, 2, {})],
+    ids=["1", "2", "2 on answers", "3", "2 nodes of 1", "2 nodes of 2"],
 )
-def test_several_ranks_give_the_moments_of_one(made, tmp_path, size, per_node, moment):
-    _, options = made
-    prep.covariance(store=tmp_path / "one", moment=moment, **options)
-    given = {**options, "store": tmp_path / "many", "moment": moment, "checkpoint_every": 1e-3}
+def test_several_ranks_give_the_moments_of_one(made, tmp_path, size, per_node, changed):
+    options = {**made[1], **changed}
+    prep.covariance(store=tmp_path / "one", **options)
+    given = {**options, "store": tmp_path / "many", "checkpoint_every": 1e-3}
     codes, said, _ = jobs.run("covariance", given, tmp_path, size, per_node)
     assert codes == [0] * size, said
     same(tmp_path / "many", tmp_path / "one")

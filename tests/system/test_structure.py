@@ -129,9 +129,10 @@ def test_reading_a_store_and_attaching_need_neither_transformers_nor_datasets(tm
     path = str(tmp_path / "s")
     attrs = {"id": "0" * 32, "model": {"id": "m"}, "corpus": None, "options": None, "status": "complete"}
     make = f"from prep.store import create_store\ncreate_store({path!r}, {attrs})\n"
-    loaded = loaded_by(f"{make}import prep\nassert prep.open_store({path!r}).status == 'complete'\nprep.attach")
+    use = f"import prep\nassert prep.open_store({path!r}).status == 'complete'\nprep.attach, prep.load"
+    loaded = loaded_by(make + use)
     assert {"prep", "torch", "zarr"} <= loaded
-    assert not loaded & {"transformers", "datasets", "peft", "click"}
+    assert not loaded & {"transformers", "datasets", "peft", "scipy", "click"}
 
 
 def test_the_command_line_starts_light():
