@@ -49,6 +49,18 @@ def damaged(store, path):
     return source
 
 
+def test_large_files_are_copied_in_pieces(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer_module, "PIECE", 500)
+    push(made / "old", "memory://pieces/prep.zarr")
+    assert tiny.contents(pull("memory://pieces/prep.zarr", tmp_path / "a").location) == tiny.contents(made / "old")
+    source = Path(shutil.copytree(made / "old", tmp_path / "longer"))
+    large = max(files(source), key=lambda file: file.stat().st_size * ("/c/" in file.as_posix()))
+    large.write_bytes(large.read_bytes() + bytes(10**5))
+    with pytest.raises(StoreError, match=r"the copy is damaged: .* does not hold"):
+        pull(source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 # A store onto itself
 
 
