@@ -17,7 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from load import timed
+from load import Sample, kept, timed
 
 import prep
 from prep.preprocess.model import loading as models
@@ -94,14 +94,14 @@ def main() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin and server.stdout
         places = {"disk": str(options.store), "server": f"http://127.0.0.1:{int(server.stdout.readline())}"}
-        seconds: dict[str, list[float]] = {name: [] for name in places}
+        samples: dict[str, list[Sample]] = {name: [] for name in places}
         for _ in range(options.rounds + 1):
             for name, place in places.items():
                 work = timed(lambda at=place: prep.attach(net, at, core="gain", basis="full", rank=options.rank))
-                seconds[name].append(work.seconds)
+                samples[name].append(work)
                 prep.detach(net)
         server.stdin.close()
-    medians = {name: statistics.median(found[1:]) for name, found in seconds.items()}  # the first ones warm up
+    medians = {name: statistics.median(kept(found[1:])) for name, found in samples.items()}  # the first ones warm up
     files = [file for file in options.store.rglob("*") if file.is_file()]
     said = {"files": len(files), "MB": sum(file.stat().st_size for file in files) / 1e6, "seconds": medians}
     print(f"{said['files']:,} files, {said['MB']:,.0f} MB")

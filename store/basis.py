@@ -139,7 +139,7 @@ class BasisSet(Mapping[str, Basis]):
             regions += [(arrays[record.shape, name], (row, first, columns)) for name, columns in places.values()]
             # S comes whole, as its chunk does: its checksum is that of all directions
             regions.append((arrays[record.shape, "S"], (row,)))
-            known |= chunks_known(record, [arrays[record.shape, name] for name in self.factors])
+            known |= chunks_known(record, [arrays[record.shape, name] for name in self.factors], first)
         values = iter(schema.read_each(regions, known))
         out = {}
         for layer in wanted:

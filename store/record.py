@@ -94,17 +94,18 @@ def row_checksums(rows: Iterable[Tensor]) -> str:
     return "".join(f"{checksum(row.contiguous().numpy()):0{_DIGITS}x}" for row in rows)
 
 
-def chunks_known(record: LayerRecord, arrays: Sequence[schema.Array]) -> dict[Place, int]:
-    """The checksums of a layer's chunks of U and P in their arrays, as far as its record has them."""
-    if not record.checksums:
-        return {}
-    row = (slice(record.index, record.index + 1),)
-    places = [
-        (f"{array.path}/{chunk.file}", chunk.number)
-        for array in arrays
-        for chunk, _, _ in array.layout.cover(array.layout.bounds(row))
-    ]
-    return {place: int(record.checksums[_DIGITS * i : _DIGITS * (i + 1)], 16) for i, place in enumerate(places)}
+def chunks_known(record: LayerRecord, arrays: Sequence[schema.Array], first: slice) -> dict[Place, int]:
+    """The checksums of the chunks of U and P that hold the `first` directions of a layer in their arrays, as far as its
+    record has them.
+    """
+    known: dict[Place, int] = {}
+    for number, layout in enumerate(array.layout for array in arrays) if record.checksums else ():
+        slabs = -(-layout.shape[1] // layout.chunks[1])
+        region = (slice(record.index, record.index + 1), first)
+        for slab, (chunk, _, _) in enumerate(layout.cover(layout.bounds(region))):
+            digits = record.checksums[_DIGITS * (number * slabs + slab) :][:_DIGITS]
+            known[f"{arrays[number].path}/{chunk.file}", chunk.number] = int(digits, 16)
+    return known
 
 
 def is_known_row(record: LayerRecord, role: str, row: Tensor) -> bool:
