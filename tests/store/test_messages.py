@@ -477,8 +477,8 @@ HUB = {
     ),
     "pull a damaged file": (
         lambda: pull("hf://me/store@damaged", "c"),
-        f"the copy is damaged: {OF_DOWN}: .../{MEAN} (chunk c/0/0) does not match its checksum: restore the store from a "
-        "copy",
+        f"the copy is damaged: {OF_DOWN}: .../{MEAN} (chunk c/0/0) does not match its checksum: restore the store "
+        "from a copy",
     ),
 }
 
