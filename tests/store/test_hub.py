@@ -265,7 +265,7 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(made, hub, tmp_path):
     push(made / "whole", URL)
     pull(URL, tmp_path / "first")
     [shot] = (tmp_path / "cache").glob("models--*/snapshots/*")
-    chunk = "moments/model.layers.1.mlp.down_proj/second_moment/c/0/0"
+    chunk = "moments/full-48/second_moment/c/0/0/0"
     (shot / chunk).write_bytes(flip((shot / chunk).read_bytes(), 100, 1))
     pull(URL, tmp_path / "second")
     (shot / "bases/full/zarr.json").write_text("{")

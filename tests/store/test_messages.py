@@ -385,7 +385,7 @@ def hub(place, tmp_path_factory):
         push(place / "a", "hf://me/store")
         repo = hub.repos["models/me/store"]
         whole = dict(repo.commits[repo.order[-1]])
-        mean = f"{MEAN}/c/0"
+        mean = f"{MEAN}/c/0/0"
         for branch, tree in {
             "large": {**whole, mean: ("text", bytes(10**4))},
             "short": {name: file for name, file in whole.items() if name != mean},
@@ -469,16 +469,16 @@ HUB = {
     ),
     "pull a file that is too large": (
         lambda: pull("hf://me/store@large", "c"),
-        f"hf://me/store@large/{MEAN}/c/0 is larger than 388 bytes: restore the store from a copy",
+        f"hf://me/store@large/{MEAN}/c/0/0 is larger than 388 bytes: restore the store from a copy",
     ),
     "pull without a file": (
         lambda: pull("hf://me/store@short", "c"),
-        f"hf://me/store@short/{MEAN}/c/0 is missing: restore the store from a copy",
+        f"hf://me/store@short/{MEAN}/c/0/0 is missing: restore the store from a copy",
     ),
     "pull a damaged file": (
         lambda: pull("hf://me/store@damaged", "c"),
-        f"the copy is damaged: {MEAN}: .../{MEAN} (chunk c/0) does not match its checksum: restore the store from a "
-        "copy",
+        f"the copy is damaged: {OF_DOWN}: .../{MEAN} (chunk c/0/0) does not match its checksum: restore the store "
+        "from a copy",
     ),
 }
 
