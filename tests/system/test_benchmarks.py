@@ -298,10 +298,11 @@ def test_differences(monkeypatch):
     assert difference([list(0.3 * lengths)], lengths.tolist(), 0.0).error == pytest.approx(0, abs=1e-9)
 
 
-def test_evidence_is_made_of_its_lines(run, tmp_path):
+@pytest.mark.parametrize(("name", "lines"), [("evidence.md", "evidence"), ("quantised.md", "qlora")])
+def test_evidence_is_made_of_its_lines(run, tmp_path, name, lines):
     docs = BENCHMARKS.parent / "docs"
-    page = tmp_path / "evidence.md"
-    page.write_bytes((docs / "evidence.md").read_bytes())
-    run("evidence", docs / "evidence.jsonl", "--page", page)
-    assert page.read_bytes() == (docs / "evidence.md").read_bytes()
-    assert (tmp_path / "evidence.svg").read_bytes() == (docs / "evidence.svg").read_bytes()
+    page = tmp_path / name
+    page.write_bytes((docs / name).read_bytes())
+    run("evidence", docs / f"{lines}.jsonl", "--page", page)
+    assert page.read_bytes() == (docs / name).read_bytes()
+    assert (tmp_path / f"{lines}.svg").read_bytes() == (docs / f"{lines}.svg").read_bytes()
