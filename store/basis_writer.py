@@ -97,9 +97,9 @@ class BasisWriter:
         if not replaces:
             list_basis(root, name, False)
         path = f"bases/{new_place(name) if replaces else name}"
-        group = root.create_group(path, overwrite=True, attributes=schema.sealed({}))
+        group = schema.create_group(root, path, schema.sealed({}))
         for shape, members in groups.items():
-            stack = group.create_group(group_key(shape))
+            stack = schema.create_group(group, group_key(shape))
             for role, layout in group_arrays(shape, members, dtype).items():
                 schema.create_array(stack, role, layout)
         # what has attributes, or is listed, has its arrays, so that it can be resumed

@@ -28,7 +28,7 @@ def begin_slot(root: zarr.Group) -> int:
     """Empty the slot that is not in use, and give its number."""
     before: Any = root.attrs.get("checkpoint") or {}
     slot = 1 - int(before.get("slot", 1))
-    root.create_group(f"checkpoint/{slot}", overwrite=True)
+    schema.create_group(root, f"checkpoint/{slot}")
     return slot
 
 
@@ -55,7 +55,7 @@ def read_sums(root: zarr.Group, slot: int, site: str) -> SiteData:
 
 def begin_half(root: zarr.Group) -> None:
     """Begin the halves of a pass; those of the passes before are in the moments."""
-    root.create_group(f"checkpoint/{HALF}", overwrite=True)
+    schema.create_group(root, f"checkpoint/{HALF}")
 
 
 def write_half(root: zarr.Group, site: str, sums: SiteData) -> None:

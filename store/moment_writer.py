@@ -44,7 +44,7 @@ def begin_moments(
         "groups": groups_of(sites, kinds),
         "records": {},
     }
-    root.create_group("moments", overwrite=True, attributes=schema.sealed(attrs))
+    schema.create_group(root, "moments", schema.sealed(attrs))
 
 
 def skip_sites(root: zarr.Group, reasons: Mapping[str, str]) -> None:

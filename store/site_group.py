@@ -28,10 +28,10 @@ from .site import (
 
 def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None:
     """Write one site below `group`, the slot of a checkpoint, replacing what was there."""
-    target = group.create_group(site, overwrite=True)
+    target = schema.create_group(group, site)
     hashes = _write_arrays(target, "", data, dtype)
     if data.half is not None:
-        target.create_group(HALF)
+        schema.create_group(target, HALF)
         hashes |= _write_arrays(target, f"{HALF}/", data.half, HALF_DTYPE)
     if data.sample is not None:
         hashes |= write_sample(target, data.sample)
@@ -41,7 +41,7 @@ def write_site(group: zarr.Group, site: str, data: SiteData, dtype: str) -> None
 def _write_arrays(target: zarr.Group, prefix: str, data: SiteData, dtype: str) -> dict[str, str]:
     """Write the arrays of `data` below `prefix`; name -> content hash."""
     if data.outputs:
-        target.create_group(f"{prefix}output")
+        schema.create_group(target, f"{prefix}output")
     hashes = {}
     for name, value in data.arrays().items():
         path = prefix + name

@@ -7,6 +7,7 @@ sums, checkpoints and moments are those of any calibration, so a store may be be
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,19 +66,20 @@ class BlockByBlock(Calibration):
         return super().__exit__(kind, error, trace)
 
     def parts(self) -> Iterator[Part]:
-        """The passes that are left, each with its block in memory."""
-        numbers = [self._network.blocks[sites[0].name] for sites in self._passes]
-        for i, (sites, block, following) in enumerate(zip(self._passes, numbers, [*numbers[1:], None], strict=True)):
-            self._keeps = following is not None and following != block
-            passes, before = numbers.count(block), numbers[:i].count(block)
-            name = f"block {block + 1} of {len(self._stack.names)}"
-            name += f", pass {before + 1} of {passes}" if passes > 1 else ""
-            self._progress.step(name, self._source.total, self._source.size(0, self._batches))
+        """The passes that are left, each with its block in memory, where it stays for all of its own."""
+        left = list(self._passes)
+        for block, group in itertools.groupby(left, lambda sites: self._network.blocks[sites[0].name]):
+            passes = list(group)
             self._prepare(block - 1)
             self._scratch.drop_before(block - 1)
             with self._loaded(block):
-                self._complete_outputs(block)
-                yield self._part(sites, whole=self._keeps)
+                for number, sites in enumerate(passes, 1):
+                    self._keeps = number == len(passes) and sites is not left[-1]
+                    name = f"block {block + 1} of {len(self._stack.names)}"
+                    name += f", pass {number} of {len(passes)}" if len(passes) > 1 else ""
+                    self._progress.step(name, self._source.total, self._source.size(0, self._batches))
+                    self._complete_outputs(block)
+                    yield self._part(sites, whole=self._keeps)
 
     def batches(self, part: Part) -> Iterator[Batch]:
         """The batches that `part` has not seen, the stack ready for each; what its block gives is kept."""

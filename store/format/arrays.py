@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -25,7 +26,6 @@ from .layout import BF16_NAN, Layout, Run, storage_dtype
 
 Region = tuple[slice, ...]
 Place = tuple[str, int]  # key of a file, number of a chunk in it
-_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 OTHER_VERSION = "not the one that the metadata speak of, but of another version"
 
 
@@ -47,10 +47,10 @@ class Array:
         return self.layout.index(self.dtype) if self.layout.sharded else b""
 
 
-def put_group(group: zarr.Group, path: str) -> None:
-    """A group without attributes at `path`; what is below it stays."""
-    at = group.store_path / path
-    put_each(at.store, {f"{at.path}/zarr.json": json.dumps(_GROUP, indent=2)}, str.encode)
+def put_group(group: zarr.Group, path: str, attributes: Mapping[str, Any] | None = None) -> None:
+    """A group at `path`; what is below it stays."""
+    at, document = group.store_path / path, {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+    put_each(at.store, {f"{at.path}/zarr.json": json.dumps(document, indent=2)}, str.encode)
 
 
 def create_array(group: zarr.Group, path: str, layout: Layout, dtype: str | None = None) -> Array:

@@ -28,7 +28,7 @@ from .arrays import Array, as_stored, create_array, open_array, open_arrays, put
 from .documents import DTYPES, attributes, check_name, check_shape, document, is_count, put_attributes, sealed
 from .files import fetch, shown
 from .layout import Layout
-from .zarr_core import group_of
+from .zarr_core import group_of, sync
 
 __all__ = [
     "DTYPES",
@@ -44,6 +44,7 @@ __all__ = [
     "check_shape",
     "check_writable_name",
     "create_array",
+    "create_group",
     "fetch",
     "is_count",
     "is_url",
@@ -166,6 +167,20 @@ def child(group: zarr.Group, name: str) -> zarr.Group:
         return _group(group.store_path / name)
     except FileNotFoundError as error:
         raise KeyError(name) from error
+
+
+def create_group(group: zarr.Group, path: str, attributes: dict[str, Any] | None = None) -> zarr.Group:
+    """A new group at `path`, in place of what was there; the groups above it are made where there are none.
+
+    One file after the other, so that no write is under way when one has failed, as on a disk that is full.
+    """
+    at, above = group.store_path / path, path.split("/")[:-1]
+    for parent in ("/".join(above[:count]) for count in range(1, len(above) + 1)):
+        if not sync(at.store.exists(f"{(group.store_path / parent).path}/zarr.json")):
+            put_group(group, parent)
+    sync(at.store.delete_dir(at.path))
+    put_group(group, path, attributes)
+    return group_of(at, attributes or {})
 
 
 def reread(group: zarr.Group) -> zarr.Group:

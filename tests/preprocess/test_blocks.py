@@ -120,7 +120,8 @@ def test_a_store_grows_block_by_block(made, tmp_path):
 # What is read and held
 
 
-def test_weights_are_read_once_and_one_block_is_held(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("budget", [SMALL, 10**9], ids=["several passes", "one pass"])
+def test_weights_are_read_once_and_one_block_is_held(made, tmp_path, monkeypatch, budget):
     read, held = [], []
 
     class Counted(BlockByBlock):
@@ -139,9 +140,11 @@ def test_weights_are_read_once_and_one_block_is_held(made, tmp_path, monkeypatch
             return super().store()
 
     monkeypatch.setattr("prep.preprocess.covariance.BlockByBlock", Counted)
-    calibrate(made, tmp_path / "s")
+    calibrate(made, tmp_path / "s", memory_budget=budget)
     assert 0 < read[0] <= 1.1 * sum(file.stat().st_size for file in Path(made.model).glob("*.safetensors"))
-    assert [(list(a), list(b)) for a, b in held] == [([number], [number]) for number in range(3) for _ in range(6)]
+    passes = len(held) // 18
+    assert len(held) == 18 * passes and (passes > 1) == (budget == SMALL)
+    assert [(list(a), list(b)) for a, b in held] == [([n], [n]) for n in range(3) for _ in range(6 * passes)]
 
 
 def test_a_model_that_does_not_fit_is_taken_block_by_block(made, tmp_path, monkeypatch, capfd):
