@@ -50,7 +50,7 @@ WORDS = 1000  # of the text
 def main() -> None:
     """Make a checkpoint, or calibrate or decompose one."""
     if sys.argv[1:2] == ["counted"]:
-        counted(Path(sys.argv[2]), sys.argv[3:])
+        counted(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
     options = arguments()
     print(make(options) if options.command == "make" else run(options))
 
@@ -150,8 +150,8 @@ def run(options: argparse.Namespace) -> str:
     """One command for some seconds; the state after a SIGINT counts every layer that is stored."""
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts")
-        command = [sys.executable, __file__, "counted", str(counts), options.command, "--model", str(options.model)]
-        command += ["--store", str(options.store)]
+        command = [sys.executable, __file__, "counted", str(counts), str(options.model), options.command]
+        command += ["--model", str(options.model), "--store", str(options.store)]
         if options.command == "covariance":
             command += ["--data", str(options.model / "text.jsonl"), "--block-by-block", "--moment", options.moment]
             command += ["--num-sequences", options.num_sequences, "--seq-len", options.seq_len]
@@ -191,14 +191,15 @@ def done(options: argparse.Namespace) -> str:
     return f"{len(basis.layers)} of {len(basis.expected)} layers in metric {basis.name}"
 
 
-def counted(counts: Path, command: list[str]) -> None:
-    """Run a command of prep in this process, and write how many bytes of tensors it read."""
+def counted(counts: Path, model: str, command: list[str]) -> None:
+    """Run a command of prep in this process, and write how many bytes of the model's tensors it read."""
     made: list[Tensors] = []
     begin = Tensors.__init__
 
     def recorded(self: Tensors, files: Iterable[str]) -> None:
-        made.append(self)
-        begin(self, files)
+        begin(self, files := list(files))
+        if any(file.startswith(f"{model}/") for file in files):  # hidden states are read so, too
+            made.append(self)
 
     Tensors.__init__ = recorded  # type: ignore[method-assign]
     try:
